@@ -1,0 +1,28 @@
+"""Sample and match: a draft token is accepted exactly when the verifier would say it too.
+
+The verifier's token at every position is sampled as plain decoding would sample it. Drafts are
+kept while they equal it; the first that differs is replaced by it, and if all match, the last
+position gives a bonus token. The output's law is the verifier's by construction, and with noise
+keyed by position (`sampling.py`) even the tokens are those of plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import NamedTuple
+
+
+class Verdict(NamedTuple):
+    """What one sequence gains in a step: accepted drafts, then one token of the verifier's own."""
+
+    token_ids: list[int]
+    num_accepted: int
+
+
+def match(draft_ids: Items[int], verifier_ids: Items[int]) -> Verdict:
+    """Compares `k` drafts with the verifier's `k + 1` tokens at the same positions."""
+    assert len(verifier_ids) == len(draft_ids) + 1
+    num_accepted = 0
+    while num_accepted < len(draft_ids) and draft_ids[num_accepted] == verifier_ids[num_accepted]:
+        num_accepted += 1
+    return Verdict(list(verifier_ids[: num_accepted + 1]), num_accepted)

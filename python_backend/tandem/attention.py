@@ -1,0 +1,165 @@
+"""Attention over the block pool, registered with transformers under the name `ATTENTION`.
+
+All sequences of a pass lie in one row without padding. Each attends to its own slots of the pool:
+in place where its blocks are contiguous, gathered where they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+ATTENTION = "tandem"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence's part of a packed row: `num_queries` tokens that attend to `kv_len` tokens."""
+
+    num_queries: int
+    kv_len: int
+    block_table: Items[int]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one span reads in a layer: its queries, its slots, and a mask if some are hidden."""
+
+    queries: slice
+    slots: tuple[slice, ...]
+    mask: Tensor | None  # [1, 1, num_groups * num_queries, num_keys]
+
+
+class PackedBatch:
+    """Describes a packed row to the attention function.
+
+    With `causal`, a span's queries are the last of its `kv_len` tokens, whose K/V this pass
+    writes. Without, the queries stand behind them and see all: that is how a drafter reads its
+    verifier's cache.
+    """
+
+    def __init__(
+        self,
+        spans: Items[Span],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        causal: bool = True,
+    ) -> None:
+        self._spans = spans
+        self._block_size = block_size
+        self._dtype = dtype
+        self._device = device
+        self._causal = causal
+        self._reads: dict[tuple[int | None, int], list[_Read]] = {}
+
+    def slots(self) -> Tensor:
+        """The slots of the queries' own K/V, `[num_tokens]`."""
+        slots = [
+            span.block_table[position // self._block_size] * self._block_size
+            + position % self._block_size
+            for span in self._spans
+            for position in range(span.kv_len - span.num_queries, span.kv_len)
+        ]
+        return torch.tensor(slots, device=self._device)
+
+    def reads(self, window: int | None, num_groups: int) -> list[_Read]:
+        """What each span reads in a layer with this window; worked out once for all such layers."""
+        key = (window, num_groups)
+        if key not in self._reads:
+            start, reads = 0, []
+            for span in self._spans:
+                queries = slice(start, start + span.num_queries)
+                first = self._first_key(span, window)
+                mask = self._mask(span, first, window, num_groups)
+                reads.append(_Read(queries, self._runs(span, first), mask))
+                start = queries.stop
+            self._reads[key] = reads
+        return self._reads[key]
+
+    def _first_key(self, span: Span, window: int | None) -> int:
+        if window is None:
+            return 0
+        if self._causal:
+            return max(0, span.kv_len - span.num_queries - window + 1)
+        # transformers' bidirectional window, which Gemma 4's assistants use, includes both ends.
+        return max(0, span.kv_len - window - 1)
+
+    def _runs(self, span: Span, first: int) -> tuple[slice, ...]:
+        """The slots of tokens `first` to `kv_len`, as few contiguous runs as there are."""
+        size = self._block_size
+        runs: list[slice] = []
+        for index in range(first // size, -(-span.kv_len // size)):
+            base = span.block_table[index] * size
+            start = base + max(0, first - index * size)
+            stop = base + min(size, span.kv_len - index * size)
+            if runs and runs[-1].stop == start:
+                runs[-1] = slice(runs[-1].start, stop)
+            else:
+                runs.append(slice(start, stop))
+        return tuple(runs)
+
+    def _mask(self, span: Span, first: int, window: int | None, num_groups: int) -> Tensor | None:
+        if not self._causal or span.num_queries == 1:
+            return None
+        keys = torch.arange(first, span.kv_len, device=self._device)
+        queries = torch.arange(
+            span.kv_len - span.num_queries, span.kv_len, device=self._device
+        ).unsqueeze(1)
+        hidden = keys > queries
+        if window is not None:
+            hidden |= keys <= queries - window
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+        return mask.masked_fill_(hidden, float("-inf")).repeat(num_groups, 1)[None, None]
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: PackedBatch,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention of a packed row over the pool.
+
+    Args:
+        query: `[1, num_heads, num_tokens, head_dim]`.
+        key, value: the layer's pool, `[num_slots, num_kv_heads, head_dim]`.
+        packed: which tokens belong together and where their K/V lie.
+
+    Returns:
+        `[1, num_tokens, num_heads, head_dim]`, and None in place of the weights.
+    """
+    _, num_heads, num_tokens, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    num_groups = num_heads // num_kv_heads
+    output = query.new_empty(num_tokens, num_heads, head_dim)
+    for read in packed.reads(sliding_window, num_groups):
+        # The query heads that share a KV head become rows of one product.
+        grouped = query[:, :, read.queries].reshape(1, num_kv_heads, -1, head_dim)
+        keys, values = _read(key, read.slots), _read(value, read.slots)
+        attended = scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=read.mask, scale=scaling
+        )
+        output[read.queries] = attended.view(num_heads, -1, head_dim).transpose(0, 1)
+    return output.unsqueeze(0), None
+
+
+def _read(pool: Tensor, slots: tuple[slice, ...]) -> Tensor:
+    """`[1, num_kv_heads, num_keys, head_dim]`: a view of the pool if there is one run of slots."""
+    rows = pool[slots[0]] if len(slots) == 1 else torch.cat([pool[run] for run in slots])
+    return rows.transpose(0, 1).unsqueeze(0)
+
+
+AttentionInterface.register(ATTENTION, paged_attention)

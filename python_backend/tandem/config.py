@@ -1,0 +1,234 @@
+"""Configuration of the engine and of one request; every value is checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tandem.errors import ConfigError, InvalidRequestError
+
+NO_DRAFTER = "none"
+DRAFTER_TYPES = ("mtp", "ngram")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+MAX_SEED = 2**64 - 1
+_GREEDY_TEMPERATURE = 1e-5
+
+T = TypeVar("T")
+
+
+def _from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    allowed = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(allowed))
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"{where}: {missing[0]!r} is required")
+    return cls(**values)
+
+
+def _check_int(where: str, name: str, value: object, low: int, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ConfigError(f"{where}: {name} must be a whole number {limits}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """One entry of `EngineConfig.drafters`.
+
+    `type` defaults to the entry's name. `model` is a directory or hub id (types `mtp`). The
+    n-gram sizes bound the suffix that type `ngram` looks up.
+    """
+
+    name: str
+    type: str
+    num_speculative_tokens: int = 4
+    model: str | None = None
+    max_ngram_size: int = 4
+    min_ngram_size: int = 2
+
+    def __post_init__(self) -> None:
+        where = f"drafters.{self.name}"
+        if self.name == NO_DRAFTER:
+            raise ConfigError(f"{where}: the name {NO_DRAFTER!r} is taken by plain decoding")
+        if self.type not in DRAFTER_TYPES:
+            raise ConfigError(
+                f"{where}: unknown type {self.type!r}; known: {', '.join(DRAFTER_TYPES)}"
+            )
+        if self.type == "mtp" and not self.model:
+            raise ConfigError(f"{where}: type 'mtp' needs 'model', a directory or hub id")
+        _check_int(where, "num_speculative_tokens", self.num_speculative_tokens, 1, 64)
+        _check_int(where, "min_ngram_size", self.min_ngram_size, 1)
+        _check_int(where, "max_ngram_size", self.max_ngram_size, self.min_ngram_size)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an `Engine` loads and how much it may run at once.
+
+    Attributes:
+        verifier: directory or hub id of the model whose text the user wants.
+        dtype: "bfloat16", "float16" or "float32"; "auto" takes bfloat16 where the hardware
+            multiplies it, and float32 on CPUs that would emulate it.
+        device: "auto" takes CUDA where there is one; otherwise a torch device such as "cuda:1".
+        drafters: name -> settings (see `DrafterConfig`).
+        default_drafter: the drafter of requests that name none; the first one when not given.
+        max_num_seqs: sequences in one batch.
+        max_model_len: prompt and output tokens of one sequence; the model's own limit, at most
+            4096, when not given.
+        max_num_batched_tokens: tokens of one verifier pass; longer prompts are prefilled in chunks.
+        block_size: tokens in one block of the KV cache.
+        kv_cache_tokens: size of the KV cache in tokens. When not given: on CUDA what
+            `gpu_memory_utilization` leaves after the weights and a trial pass; on a CPU enough for
+            `max_num_seqs` sequences of `max_model_len`, up to a quarter of the free memory.
+        gpu_memory_utilization: share of the GPU's memory that this process may fill.
+    """
+
+    verifier: str
+    dtype: str = "auto"
+    device: str = "auto"
+    drafters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    default_drafter: str | None = None
+    max_num_seqs: int = 16
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
+
+    def __post_init__(self) -> None:
+        where = "engine"
+        if not isinstance(self.verifier, str) or not self.verifier:
+            raise ConfigError(f"{where}: verifier must be a directory or hub id")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{where}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        _check_int(where, "max_num_seqs", self.max_num_seqs, 1)
+        _check_int(where, "block_size", self.block_size, 1)
+        _check_int(where, "max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)
+        for name in ("max_model_len", "kv_cache_tokens"):
+            if getattr(self, name) is not None:
+                _check_int(where, name, getattr(self, name), 2)
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ConfigError(
+                f"{where}: gpu_memory_utilization must be above 0 and at most 1, got {share!r}"
+            )
+        known = [NO_DRAFTER, *self.drafter_configs]
+        if self.default_drafter is not None and self.default_drafter not in known:
+            raise ConfigError(
+                f"{where}: default_drafter {self.default_drafter!r} is not configured; "
+                f"choose from {', '.join(known)}"
+            )
+
+    @cached_property
+    def drafter_configs(self) -> dict[str, DrafterConfig]:
+        """The drafters by name, parsed."""
+        if not isinstance(self.drafters, Mapping):
+            raise ConfigError(f"engine: drafters must map names to settings, got {self.drafters!r}")
+        parsed = {}
+        for name, settings in self.drafters.items():
+            if not isinstance(settings, Mapping):
+                raise ConfigError(f"drafters.{name}: settings must be an object, got {settings!r}")
+            if "name" in settings:
+                raise ConfigError(f"drafters.{name}: the key is the name; leave 'name' out")
+            values = {"type": name, **settings, "name": name}
+            parsed[name] = _from_mapping(DrafterConfig, values, f"drafters.{name}")
+        return parsed
+
+    @property
+    def drafter_name(self) -> str:
+        """The drafter of requests that name none."""
+        return self.default_drafter or next(iter(self.drafter_configs), NO_DRAFTER)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> EngineConfig:
+        """Reads a `model.json`. Relative paths of models are relative to the file.
+
+        Raises:
+            ConfigError: the file is missing, isn't JSON, or holds an unknown key or bad value.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: must hold a JSON object")
+
+        def resolve(model: Any) -> Any:
+            local = path.parent / model if isinstance(model, str) else None
+            return str(local.resolve()) if local is not None and local.exists() else model
+
+        if "verifier" in values:
+            values["verifier"] = resolve(values["verifier"])
+        if isinstance(values.get("drafters"), dict):
+            values["drafters"] = {
+                name: {**drafter, "model": resolve(drafter["model"])}
+                if isinstance(drafter, dict) and "model" in drafter
+                else drafter
+                for name, drafter in values["drafters"].items()
+            }
+        return _from_mapping(cls, values, str(path))
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen.
+
+    Attributes:
+        max_tokens: tokens to generate at most.
+        temperature: logits are divided by it; below 1e-5 the likeliest token is taken.
+        top_k: sample from the k likeliest tokens; 0 means all.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        min_p: drop tokens below this share of the likeliest token's probability.
+        seed: 64-bit seed; the same seed gives the same tokens. One is drawn when None.
+        ignore_eos: go on after an end-of-sequence token.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        self._check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
+        self._check("temperature", self.temperature, float, 0, 100)
+        self._check("top_k", self.top_k, int, 0, 2**31 - 1)
+        self._check("top_p", self.top_p, float, 0, 1)
+        self._check("min_p", self.min_p, float, 0, 1)
+        if self.top_p == 0:
+            raise InvalidRequestError("top_p must be above 0 and at most 1, got 0")
+        if self.seed is not None:
+            self._check("seed", self.seed, int, 0, MAX_SEED)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequestError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, without noise."""
+        return self.temperature < _GREEDY_TEMPERATURE
+
+    @staticmethod
+    def _check(name: str, value: object, kind: type, low: float, high: float) -> None:
+        kinds = (int, float) if kind is float else (int,)
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        # A NaN fails the comparison.
+        if not number or not low <= value <= high:  # type: ignore[operator]
+            noun = "a number" if kind is float else "a whole number"
+            raise InvalidRequestError(f"{name} must be {noun} from {low} to {high}, got {value!r}")

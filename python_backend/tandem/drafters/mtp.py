@@ -1,0 +1,140 @@
+"""Multi-token prediction with a Gemma 4 assistant, which reads the verifier's own K/V.
+
+The assistant has query projections only. Its layers attend to the pool of the verifier's last
+storing layer of their type, so it owns no cache and has nothing to roll back. Within a round the
+position stays that of the last known token, and the state it feeds back is its own.
+
+Source: the Gemma 4 assistants in transformers (`gemma4_assistant`), by whose modules it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tandem.attention import ATTENTION, PackedBatch, Span
+from tandem.drafters import Drafter, DraftRequest
+from tandem.errors import DrafterMismatchError
+from tandem.kv_cache import KVCache
+from tandem.sampling import Draw, sample
+from tandem.sequence import Sequence
+
+
+def source_layers(verifier: PreTrainedModel, cache: KVCache) -> dict[str, int]:
+    """The verifier's last layer of each type that stores K/V of its own."""
+    layer_types = verifier.config.get_text_config().layer_types
+    return {kind: index for index, kind in enumerate(layer_types) if cache.has_layer(index)}
+
+
+class MTPDrafter(Drafter):
+    """Drafts by repeated passes of the assistant, all sequences in one packed row."""
+
+    def __init__(
+        self, assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache
+    ) -> None:
+        check_fit(assistant, verifier, cache)
+        assistant.set_attn_implementation(ATTENTION)
+        self._assistant: Any = assistant
+        self._embed = verifier.get_input_embeddings()
+        self._cache = cache
+        # The pool itself: the assistant's layers pass it on to the attention function.
+        self.shared_kv_states = {
+            kind: cache.layer(index) for kind, index in source_layers(verifier, cache).items()
+        }
+        self._hidden: dict[int, Tensor] = {}
+
+    def observe(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Keeps the state from which the next round starts."""
+        self._hidden[sequence.id] = hidden
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops the sequence's state."""
+        self._hidden.pop(sequence.id, None)
+
+    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
+        """Guesses exactly `num_tokens` tokens for each sequence."""
+        device = self._assistant.device
+        sequences = [request.sequence for request in requests]
+        tokens = torch.tensor([s.token_ids[-1] for s in sequences], device=device)
+        positions = torch.tensor([[s.num_tokens - 1 for s in sequences]], device=device)
+        hidden = torch.stack([self._hidden[s.id] for s in sequences])
+        packed = PackedBatch(
+            [Span(1, s.num_computed, s.block_table) for s in sequences],
+            self._cache.block_size,
+            self._assistant.dtype,
+            device,
+            causal=False,
+        )
+        drafts = []
+        for step in range(max(request.num_tokens for request in requests)):
+            state = self._state(tokens, hidden, positions, packed)
+            draws = [Draw(s.params, s.seed, s.num_tokens + step) for s in sequences]
+            tokens = self._sample(state, draws)
+            hidden = self._assistant.post_projection(state)
+            drafts.append(tokens)
+        proposed = torch.stack(drafts, dim=1).tolist()
+        return [ids[: request.num_tokens] for ids, request in zip(proposed, requests, strict=True)]
+
+    def _state(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, packed: PackedBatch
+    ) -> Tensor:
+        inputs = torch.cat([self._embed(tokens), hidden], dim=-1).unsqueeze(0)
+        output = self._assistant.model(
+            inputs_embeds=self._assistant.pre_projection(inputs),
+            position_ids=positions,
+            attention_mask=dict.fromkeys(self.shared_kv_states),
+            shared_kv_states=self.shared_kv_states,
+            use_cache=False,
+            packed=packed,
+        )
+        state: Tensor = output.last_hidden_state[0]
+        return state
+
+    def _sample(self, state: Tensor, draws: Items[Draw]) -> Tensor:
+        """The drafter's guesses under the noise that the verifier will use at these positions."""
+        head = self._assistant.masked_embedding
+        if head is None:
+            return sample(self._assistant.lm_head(state), draws)
+        # Only the tokens of the best centroids are scored.
+        best = head.centroids(state).topk(head.centroid_intermediate_top_k, dim=-1).indices
+        clusters = head.token_ordering.view(head.num_centroids, head.vocab_size_per_centroid)
+        token_ids = clusters[best].flatten(1).long()  # [num_sequences, num_candidates]
+        weight = self._assistant.lm_head.weight[token_ids]
+        logits = (weight @ state.unsqueeze(-1)).squeeze(-1)
+        return sample(logits, draws, token_ids)
+
+
+def check_fit(assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache) -> None:
+    """Compares what the assistant expects with what the verifier has.
+
+    Raises:
+        DrafterMismatchError: naming the first thing that differs, and both values.
+    """
+    config, target = assistant.config.get_text_config(), verifier.config.get_text_config()
+
+    def compare(what: str, drafter_value: object, verifier_value: object) -> None:
+        if drafter_value != verifier_value:
+            raise DrafterMismatchError(
+                f"the drafter doesn't fit this verifier: {what} is {drafter_value} in the drafter "
+                f"and {verifier_value} in the verifier"
+            )
+
+    compare("vocab_size", config.vocab_size, target.vocab_size)
+    compare("backbone hidden size", assistant.config.backbone_hidden_size, target.hidden_size)
+    sources = source_layers(verifier, cache) if getattr(target, "layer_types", None) else {}
+    for index, kind in enumerate(config.layer_types):
+        if kind not in sources:
+            raise DrafterMismatchError(
+                f"the drafter doesn't fit this verifier: its layer {index} is of type {kind}; "
+                f"the verifier has {', '.join(sources) or 'no layer types'}"
+            )
+        keys, _ = cache.layer(sources[kind])
+        layer = config.per_layer_config[index]
+        compare(f"KV heads of {kind}", layer.num_key_value_heads, keys.shape[1])
+        compare(f"head size of {kind}", layer.head_dim, keys.shape[2])
+        if kind == "sliding_attention":
+            compare("sliding window", config.sliding_window, target.sliding_window)

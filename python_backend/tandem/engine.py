@@ -1,0 +1,431 @@
+"""The speculative loop: schedule, draft, verify, accept, commit."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+
+from tandem.acceptance import Verdict, match
+from tandem.block_pool import BlockPool
+from tandem.config import NO_DRAFTER, EngineConfig, SamplingParams
+from tandem.drafters import Drafter, DraftRequest
+from tandem.errors import (
+    InvalidRequestError,
+    RequestCancelledError,
+    TandemError,
+    VerifierOutputError,
+)
+from tandem.loading import load_drafter, load_verifier
+from tandem.metrics import DrafterStats, EngineLoad, EngineStats
+from tandem.sampling import Draw, sample
+from tandem.scheduler import Scheduler
+from tandem.sequence import FinishReason, ScheduledSequence, Sequence
+from tandem.text import Detokenizer
+from tandem.verifier import Verifier, VerifierOutput
+
+logger = logging.getLogger("tandem")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to one sequence.
+
+    The first `num_accepted_tokens` of `token_ids` are drafts that were accepted. The last delta of
+    a sequence has a `finish_reason`.
+    """
+
+    sequence: Sequence
+    token_ids: list[int]
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One finished request of `Engine.generate`."""
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str
+    error: TandemError | None
+    num_verify_steps: int
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens of a round that had drafts, the verifier's own included; 1 without any round."""
+        return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
+
+
+class Engine:
+    """Generates text with a verifier and drafters that share one KV cache.
+
+    `add` and `cancel` may be called from any thread, `step` from one thread at a time.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads the models and allocates the cache.
+
+        Raises:
+            ConfigError, UnsupportedModelError, DrafterMismatchError: see `tandem.errors`.
+        """
+        started = time.monotonic()
+        loaded = load_verifier(config)
+        self.config = config
+        self.tokenizer = loaded.tokenizer
+        self.max_model_len = loaded.max_model_len
+        self.eos_token_ids = loaded.eos_token_ids
+        self.verifier = Verifier(loaded.model, loaded.cache)
+        self.drafters: dict[str, Drafter] = {
+            name: load_drafter(drafter, loaded) for name, drafter in config.drafter_configs.items()
+        }
+        self.scheduler = Scheduler(
+            BlockPool(loaded.cache.num_blocks, config.block_size),
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            loaded.max_model_len,
+        )
+        self.stats = EngineStats()
+        self.drafter_stats: dict[str, DrafterStats] = defaultdict(DrafterStats)
+        self._vocab_size: int = loaded.model.config.get_text_config().vocab_size
+        self._ids = itertools.count()
+        self._lock = Lock()
+        logger.info(
+            "loaded %s and %d drafters in %.1f s",
+            config.verifier,
+            len(self.drafters),
+            time.monotonic() - started,
+        )
+
+    # --- requests
+
+    def make_sequence(
+        self,
+        prompt: str | Items[int],
+        params: SamplingParams | None = None,
+        *,
+        drafter: str | None = None,
+        num_speculative_tokens: int | None = None,
+    ) -> Sequence:
+        """Checks one request and tokenizes its prompt; nothing is queued yet.
+
+        Args:
+            prompt: text, or token ids as they are.
+            params: how tokens are chosen; `SamplingParams()` when not given.
+            drafter: a configured name, or "none"; the configured default when not given.
+            num_speculative_tokens: draft tokens a step at most, up to the drafter's own limit;
+                0 switches speculation off.
+
+        Raises:
+            InvalidRequestError: naming the argument and what is allowed.
+        """
+        params = params or SamplingParams()
+        name, limit = self._drafter(drafter, num_speculative_tokens)
+        token_ids = self._token_ids(prompt)
+        return Sequence(
+            id=next(self._ids),
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            params=params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            drafter=name,
+            max_lookahead=limit,
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence; the next step may run it."""
+        with self._lock:
+            self.scheduler.add(sequence)
+            self.stats.num_prompt_tokens += sequence.num_prompt_tokens
+
+    def _token_ids(self, prompt: str | Items[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError("the verifier has no tokenizer: give token ids, not text")
+            token_ids: list[int] = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            token_ids = list(prompt)
+            for token_id in token_ids:
+                if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
+                    raise InvalidRequestError(
+                        f"prompt token ids must be whole numbers below {self._vocab_size}, "
+                        f"got {token_id!r}"
+                    )
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty: give at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens; with max_model_len {self.max_model_len} "
+                f"at most {self.max_model_len - 1} leave room for an answer"
+            )
+        return token_ids
+
+    def _drafter(self, name: str | None, limit: int | None) -> tuple[str, int]:
+        name = self.config.drafter_name if name is None else name
+        known = [NO_DRAFTER, *self.drafters]
+        if name not in known:
+            raise InvalidRequestError(f"unknown drafter {name!r}; loaded: {', '.join(known)}")
+        settings = self.config.drafter_configs.get(name)
+        ceiling = settings.num_speculative_tokens if settings is not None else 0
+        if limit is None:
+            return name, ceiling
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+            raise InvalidRequestError(
+                f"num_speculative_tokens must be a whole number from 0, got {limit!r}"
+            )
+        return name, min(limit, ceiling)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence with the next step, whatever it is doing."""
+        sequence.cancelled = True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine holds right now."""
+        pool = self.scheduler.pool
+        return EngineLoad(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            num_blocks_used=pool.num_used,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
+
+    # --- the loop
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """Advances the running sequences by one verifier pass; what it added to each."""
+        ended = self._end_cancelled()
+        batch = self.schedule()
+        if not batch:
+            return ended
+        self.draft(batch)
+        output = self.verify(batch)
+        verdicts = self.accept(batch, output)
+        return ended + self.commit(batch, output, verdicts)
+
+    def schedule(self) -> list[ScheduledSequence]:
+        """Chooses who runs, with how many tokens and how many drafts at most."""
+        with self._lock:
+            return self.scheduler.schedule()
+
+    def draft(self, batch: list[ScheduledSequence]) -> None:
+        """Lets each drafter guess for its sequences."""
+        by_drafter: dict[str, list[ScheduledSequence]] = defaultdict(list)
+        for scheduled in batch:
+            if scheduled.num_draft_tokens > 0:
+                by_drafter[scheduled.sequence.drafter].append(scheduled)
+        for name, group in by_drafter.items():
+            requests = [DraftRequest(s.sequence, s.num_draft_tokens) for s in group]
+            proposals = self.drafters[name].propose(requests)
+            for scheduled, draft_ids in zip(group, proposals, strict=True):
+                assert len(draft_ids) <= scheduled.num_draft_tokens
+                scheduled.draft_ids = draft_ids
+
+    def verify(self, batch: list[ScheduledSequence]) -> VerifierOutput:
+        """One packed pass of the verifier over known tokens and drafts."""
+        return self.verifier.forward(batch)
+
+    def accept(
+        self, batch: list[ScheduledSequence], output: VerifierOutput
+    ) -> list[Verdict | None]:
+        """Samples the verifier's token at each position and keeps the drafts that equal it.
+
+        None stands for a sequence whose prompt isn't computed to its end yet, and an empty verdict
+        for one whose logits are not numbers.
+        """
+        yielding = [s for s in batch if s.yields_token]
+        draws = [
+            Draw(s.sequence.params, s.sequence.seed, s.sequence.num_tokens + offset)
+            for s in yielding
+            for offset in range(len(s.draft_ids) + 1)
+        ]
+        if not draws:
+            return [None] * len(batch)
+        # A NaN or infinity anywhere in a row shows in its largest value.
+        finite = output.logits.amax(dim=-1).isfinite().tolist()
+        token_ids = iter(zip(sample(output.logits, draws).tolist(), finite, strict=True))
+        verdicts: list[Verdict | None] = []
+        for scheduled in batch:
+            if not scheduled.yields_token:
+                verdicts.append(None)
+                continue
+            rows = [next(token_ids) for _ in range(len(scheduled.draft_ids) + 1)]
+            sound = all(is_finite for _, is_finite in rows)
+            ids = [token_id for token_id, _ in rows]
+            verdicts.append(match(scheduled.draft_ids, ids) if sound else Verdict([], 0))
+        return verdicts
+
+    def commit(
+        self,
+        batch: list[ScheduledSequence],
+        output: VerifierOutput,
+        verdicts: list[Verdict | None],
+    ) -> list[Delta]:
+        """Appends the new tokens, rolls rejected drafts back, and frees what has ended."""
+        self.stats.num_steps += 1
+        deltas, row = [], 0
+        for scheduled, verdict in zip(batch, verdicts, strict=True):
+            sequence = scheduled.sequence
+            sequence.num_computed += scheduled.num_tokens
+            if verdict is None:
+                continue
+            deltas.append(self._advance(scheduled, verdict))
+            drafter = self.drafters.get(sequence.drafter)
+            if drafter is not None and not sequence.is_finished:
+                drafter.observe(sequence, output.hidden[row + verdict.num_accepted])
+            row += len(scheduled.draft_ids) + 1
+        with self._lock:
+            for scheduled in batch:
+                if scheduled.sequence.is_finished:
+                    self._release(scheduled.sequence)
+                else:
+                    self.scheduler.pool.shrink(scheduled.sequence, scheduled.sequence.num_tokens)
+        return deltas
+
+    def _advance(self, scheduled: ScheduledSequence, verdict: Verdict) -> Delta:
+        sequence = scheduled.sequence
+        appended: list[int] = []
+        if not verdict.token_ids:
+            error = VerifierOutputError("the verifier's logits for this request are not numbers")
+            sequence.finish(FinishReason.ERROR, error)
+        for token_id in verdict.token_ids:
+            appended.append(token_id)
+            sequence.token_ids.append(token_id)
+            if token_id in self.eos_token_ids and not sequence.params.ignore_eos:
+                sequence.finish(FinishReason.STOP)
+                break
+            if (
+                sequence.num_output_tokens >= sequence.params.max_tokens
+                or sequence.num_tokens >= self.max_model_len
+            ):
+                sequence.finish(FinishReason.LENGTH)
+                break
+        num_accepted = min(verdict.num_accepted, len(appended))
+        # The K/V of accepted drafts are valid; those of rejected ones lie behind the length.
+        sequence.num_computed += num_accepted
+        sequence.num_verify_steps += 1
+        stats = self.drafter_stats[sequence.drafter]
+        for counted in (sequence, stats):
+            counted.num_drafts += bool(scheduled.draft_ids)
+            counted.num_draft_tokens += len(scheduled.draft_ids)
+            counted.num_accepted_tokens += num_accepted
+        self.stats.num_generation_tokens += len(appended)
+        return Delta(
+            sequence, appended, len(scheduled.draft_ids), num_accepted, sequence.finish_reason
+        )
+
+    def _release(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        drafter = self.drafters.get(sequence.drafter)
+        if drafter is not None:
+            drafter.forget(sequence)
+
+    def _end_cancelled(self) -> list[Delta]:
+        with self._lock:
+            live = [*self.scheduler.running, *self.scheduler.waiting]
+            return self._end(
+                [sequence for sequence in live if sequence.cancelled],
+                FinishReason.CANCELLED,
+                RequestCancelledError("the request was cancelled"),
+            )
+
+    def _end(
+        self, sequences: Iterable[Sequence], reason: FinishReason, error: TandemError
+    ) -> list[Delta]:
+        deltas = []
+        for sequence in sequences:
+            sequence.finish(reason, error)
+            self._release(sequence)
+            deltas.append(Delta(sequence, [], finish_reason=reason))
+        return deltas
+
+    def abort(self, error: TandemError) -> list[Delta]:
+        """Ends every sequence with `error` and frees the cache; no step may be running."""
+        with self._lock:
+            live = [*self.scheduler.running, *self.scheduler.waiting]
+            return self._end(live, FinishReason.ERROR, error)
+
+    def check_integrity(self) -> None:
+        """Recounts the block pool; cheap enough to call whenever the engine is idle."""
+        with self._lock:
+            self.scheduler.check_integrity()
+
+    # --- offline use
+
+    def generate(
+        self,
+        prompts: Items[str | Items[int]],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        drafter: str | None = None,
+        num_speculative_tokens: int | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Generates for all prompts in one continuous batch; yields in the prompts' order.
+
+        Args:
+            params: one for all prompts, or one for each.
+
+        Raises:
+            InvalidRequestError: before anything runs, for the first prompt that can't be used.
+        """
+        each = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise InvalidRequestError(f"{len(prompts)} prompts, but {len(each)} params")
+        sequences = [
+            self.make_sequence(
+                prompt, one, drafter=drafter, num_speculative_tokens=num_speculative_tokens
+            )
+            for prompt, one in zip(prompts, each, strict=True)
+        ]
+        return self._run(sequences)
+
+    def _run(self, sequences: list[Sequence]) -> Iterator[RequestOutput]:
+        for sequence in sequences:
+            self.add(sequence)
+        try:
+            for sequence in sequences:
+                while not sequence.is_finished:
+                    self.step()
+                yield self._output(sequence)
+        finally:
+            # A step that failed, or a caller that stopped early, leaves nothing behind.
+            error = RequestCancelledError("the caller stopped")
+            with self._lock:
+                unfinished = [s for s in sequences if not s.is_finished]
+                self._end(unfinished, FinishReason.CANCELLED, error)
+
+    def _output(self, sequence: Sequence) -> RequestOutput:
+        assert sequence.finish_reason is not None
+        text = None
+        if self.tokenizer is not None:
+            detokenizer = Detokenizer(self.tokenizer)
+            text = detokenizer.push(sequence.output_ids) + detokenizer.flush()
+        return RequestOutput(
+            text=text,
+            token_ids=sequence.output_ids,
+            finish_reason=sequence.finish_reason.value,
+            error=sequence.error,
+            num_verify_steps=sequence.num_verify_steps,
+            num_drafts=sequence.num_drafts,
+            num_draft_tokens=sequence.num_draft_tokens,
+            num_accepted_tokens=sequence.num_accepted_tokens,
+        )

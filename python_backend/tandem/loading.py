@@ -1,0 +1,279 @@
+"""Verifier and drafters from disk or hub, and whether they fit the cache and each other."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from tandem.attention import ATTENTION, PackedBatch, Span
+from tandem.config import DrafterConfig, EngineConfig
+from tandem.drafters import Drafter
+from tandem.drafters.mtp import MTPDrafter
+from tandem.drafters.ngram import NgramDrafter
+from tandem.errors import ConfigError, UnsupportedModelError
+from tandem.kv_cache import KVCache, LayerShape
+from tandem.packing import can_pack, pack_linears
+
+logger = logging.getLogger("tandem")
+
+_DEFAULT_MODEL_LEN = 4096
+_CPU_CACHE_SHARE = 0.25
+# Where multimodal checkpoints keep the weights of their text part -> where the text class does.
+_TEXT_PART = {
+    r"^(model\.language_model|language_model\.model)\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+_PROBE_TOKENS = 8
+# A paged pass may differ from transformers' own by rounding alone: a share of the logits' spread.
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+
+@dataclass(frozen=True)
+class LoadedVerifier:
+    """A verifier that is known to run on the paged cache."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    cache: KVCache
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+
+def load_verifier(config: EngineConfig) -> LoadedVerifier:
+    """Loads the verifier and its tokenizer, sizes the cache, and compares a paged pass with HF's.
+
+    Raises:
+        ConfigError: the model can't be found, or the cache is too small for one sequence.
+        UnsupportedModelError: the architecture doesn't fit the paged cache.
+    """
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    model = _load_model(config.verifier, dtype, device)
+    text_config = model.config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
+    max_model_len = config.max_model_len or min(limit, _DEFAULT_MODEL_LEN)
+    if max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len {max_model_len} is beyond the verifier's limit of {limit} tokens"
+        )
+    shapes, expected = _probe(model)
+    if can_pack(device, dtype):
+        pack_linears(model)
+    bytes_per_token = sum(s.elements_per_token for s in shapes) * dtype.itemsize
+    num_tokens = _cache_tokens(config, model, max_model_len, bytes_per_token)
+    num_blocks = num_tokens // config.block_size
+    if num_blocks * config.block_size < max_model_len:
+        raise ConfigError(
+            f"the KV cache holds {num_blocks * config.block_size} tokens, fewer than one sequence "
+            f"of max_model_len {max_model_len}: raise kv_cache_tokens or lower max_model_len"
+        )
+    cache = KVCache(shapes, num_blocks, config.block_size, dtype, device)
+    logger.info(
+        "KV cache: %d tokens in %d blocks, %.1f MiB",
+        cache.num_slots,
+        num_blocks,
+        cache.num_bytes / 2**20,
+    )
+    model.set_attn_implementation(ATTENTION)
+    _check_paged(model, cache, expected)
+    return LoadedVerifier(
+        model, _load_tokenizer(config.verifier), cache, max_model_len, _eos_token_ids(model)
+    )
+
+
+def load_drafter(config: DrafterConfig, verifier: LoadedVerifier) -> Drafter:
+    """Makes the drafter that `config` describes.
+
+    Raises:
+        ConfigError: its model can't be found or isn't of the type's kind.
+        DrafterMismatchError: it doesn't fit the verifier.
+    """
+    if config.type == "ngram":
+        return NgramDrafter(config.min_ngram_size, config.max_ngram_size)
+    assert config.model is not None, "DrafterConfig lets no 'mtp' without a model through"
+    assistant = _load_model(config.model, verifier.model.dtype, verifier.model.device)
+    if not hasattr(assistant, "pre_projection"):
+        raise ConfigError(
+            f"drafters.{config.name}: {config.model} is a {type(assistant).__name__}; "
+            "type 'mtp' needs a Gemma 4 assistant"
+        )
+    if can_pack(assistant.device, assistant.dtype):
+        # The centroid head picks rows of this weight.
+        pack_linears(assistant, keep=assistant.lm_head if assistant.masked_embedding else None)
+    return MTPDrafter(assistant, verifier.model, verifier.cache)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not a torch device") from error
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    logger.info("this CPU has no bfloat16 products: taking float32")
+    return torch.float32
+
+
+def _load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Loads a causal LM; of a multimodal checkpoint, its text part."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        loader: Any = AutoModelForCausalLM
+        arguments: dict[str, Any] = {"config": config}
+        text_config = config.get_text_config()
+        # An assistant has a text part too, but is no multimodal model.
+        if text_config is not config and not hasattr(config, "backbone_hidden_size"):
+            loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+            arguments = {"config": text_config, "key_mapping": _TEXT_PART}
+        model, info = loader.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **arguments
+        )
+    except (OSError, ValueError, KeyError) as error:
+        hint = "" if Path(path).exists() else " (neither a directory here nor loadable by hub id)"
+        raise ConfigError(f"can't load the model {path!r}{hint}: {error}") from error
+    if info["missing_keys"]:
+        raise ConfigError(
+            f"the checkpoint {path!r} lacks {len(info['missing_keys'])} weights of "
+            f"{type(model).__name__}, such as {min(info['missing_keys'])}"
+        )
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        logger.warning("no tokenizer in %s, prompts must be token ids: %s", path, error)
+        return None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    generation: GenerationConfig | None = model.generation_config
+    ids = generation.eos_token_id if generation is not None else None
+    if ids is None:
+        ids = model.config.get_text_config().eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel) -> tuple[list[LayerShape], Tensor]:
+    """What each layer stores, and the model's own logits for a few tokens."""
+    cache = DynamicCache(config=model.config)
+    try:
+        logits = model(input_ids=_probe_ids(model), past_key_values=cache, use_cache=True).logits
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} doesn't run on plain token ids: {error}"
+        ) from error
+    shapes = []
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DummyLayer):  # reuses another layer's keys and values
+            continue
+        if not isinstance(layer, DynamicLayer):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps a {type(layer).__name__} in layer {index}; the "
+                "paged cache holds attention's keys and values only"
+            )
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        if keys.shape != values.shape:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has keys of shape {tuple(keys.shape)} and values of "
+                f"shape {tuple(values.shape)} in layer {index}; they must be alike"
+            )
+        shapes.append(LayerShape(index, keys.shape[1], keys.shape[3]))
+    return shapes, logits[0].float()
+
+
+def _probe_ids(model: PreTrainedModel) -> Tensor:
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = [(7 * i + 3) % vocab_size for i in range(_PROBE_TOKENS)]
+    return torch.tensor([ids], device=model.device)
+
+
+@torch.inference_mode()
+def _check_paged(model: PreTrainedModel, cache: KVCache, expected: Tensor) -> None:
+    """Runs the same tokens through the paged cache; any difference means that it doesn't fit.
+
+    The tokens go through in two passes, so that the second reads what the first wrote.
+    """
+    ids, rows = _probe_ids(model), []
+    blocks = range(-(-_PROBE_TOKENS // cache.block_size))
+    for start, stop in ((0, _PROBE_TOKENS // 2), (_PROBE_TOKENS // 2, _PROBE_TOKENS)):
+        span = Span(stop - start, stop, blocks)
+        packed = PackedBatch([span], cache.block_size, model.dtype, model.device)
+        try:
+            output = model(
+                input_ids=ids[:, start:stop],
+                position_ids=torch.arange(start, stop, device=model.device).unsqueeze(0),
+                past_key_values=cache.writer(packed.slots()),
+                use_cache=True,
+                packed=packed,
+            )
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} doesn't run on the paged cache: {error}"
+            ) from error
+        rows.append(output.logits[0].float())
+    difference = (torch.cat(rows) - expected).abs().max().item()
+    allowed = _PROBE_TOLERANCE[model.dtype] * max(1.0, expected.std().item())
+    if not difference <= allowed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives other logits on the paged cache than on its own: they "
+            f"differ by {difference:.3g}, and rounding explains {allowed:.3g}"
+        )
+
+
+def _cache_tokens(
+    config: EngineConfig, model: PreTrainedModel, max_model_len: int, bytes_per_token: int
+) -> int:
+    if config.kv_cache_tokens is not None:
+        return config.kv_cache_tokens
+    # Each sequence may leave its last block partly empty.
+    per_sequence = -(-max_model_len // config.block_size) * config.block_size
+    if model.device.type == "cuda":
+        return _free_gpu_bytes(config, model) // bytes_per_token
+    free = psutil.virtual_memory().available * _CPU_CACHE_SHARE
+    return min(config.max_num_seqs * per_sequence, int(free // bytes_per_token))
+
+
+@torch.inference_mode()
+def _free_gpu_bytes(config: EngineConfig, model: PreTrainedModel) -> int:
+    """What the weights and the largest pass leave of this process's share of the GPU."""
+    torch.cuda.reset_peak_memory_stats(model.device)
+    ids = _probe_ids(model).repeat(1, -(-config.max_num_batched_tokens // _PROBE_TOKENS))
+    model(input_ids=ids, use_cache=False, logits_to_keep=config.max_num_seqs)
+    free, total = torch.cuda.mem_get_info(model.device)
+    outside = total - free - torch.cuda.memory_reserved(model.device)
+    peak = torch.cuda.max_memory_allocated(model.device)
+    torch.cuda.empty_cache()
+    return max(0, int(total * config.gpu_memory_utilization) - outside - peak)

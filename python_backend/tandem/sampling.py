@@ -1,0 +1,188 @@
+"""From logits to a token, under noise keyed by (seed, position, token).
+
+A token is `argmax(score + gumbel)` over the tokens that temperature, top-k, top-p and min-p leave
+(the Gumbel-max trick). The noise of a token at a position depends on nothing but the request's
+seed, so any batch, any drafter and any lookahead sample the same token from the same logits.
+
+The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", 2014), nested: output number `position` of the stream `seed` is the seed of a second
+stream, whose output number `token` is the noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tandem.config import SamplingParams
+
+_BLOCK = 256
+_FIRST_NUCLEUS = 1024
+_MAX_UNIFORM = 1 - 2**-24
+# The largest value that `gumbel` returns: 32 bits give a uniform number of at least 2**-33.
+MAX_GUMBEL = -math.log(-math.log1p(-(2**-33)))
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def splitmix64(state: Tensor, index: Tensor) -> Tensor:
+    """Output number `index` (from 0) of the SplitMix64 stream that starts at `state`; int64."""
+    z = state + (index + 1) * _GAMMA
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch's own extends the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def gumbel(key: Tensor, token: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, for `token` ids under the row's `key` (broadcast)."""
+    uniform = (_shift(splitmix64(key, token), 32).float() + 0.5) * 2**-32
+    # log1p keeps all digits near 0, where the large values of the noise come from.
+    return -torch.log(-torch.log1p(-uniform.clamp_(max=_MAX_UNIFORM)))
+
+
+class Draw(NamedTuple):
+    """One token to sample: whose parameters, which seed, and the token's index in its sequence."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The draws that need noise, as columns `[num_rows, 1]`."""
+
+    index: Tensor
+    key: Tensor
+    temperature: Tensor
+    top_k: list[int]
+    top_p: Tensor
+    min_p: Tensor
+
+    @classmethod
+    def of(cls, draws: Items[Draw], device: torch.device) -> _Rows | None:
+        index = [row for row, draw in enumerate(draws) if not draw.params.is_greedy]
+        if not index:
+            return None
+        chosen = [draws[row] for row in index]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+
+        def integers(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=device).unsqueeze(1)
+
+        return cls(
+            index=torch.tensor(index, device=device),
+            key=splitmix64(
+                integers([_signed(draw.seed) for draw in chosen]),
+                integers([draw.position for draw in chosen]),
+            ),
+            temperature=column([draw.params.temperature for draw in chosen]),
+            top_k=[draw.params.top_k for draw in chosen],
+            top_p=column([draw.params.top_p for draw in chosen]),
+            min_p=column([draw.params.min_p for draw in chosen]),
+        )
+
+
+def sample(logits: Tensor, draws: Items[Draw], token_ids: Tensor | None = None) -> Tensor:
+    """Samples one token a row.
+
+    Args:
+        logits: `[num_rows, num_candidates]`, any float type.
+        draws: one for each row.
+        token_ids: which token each candidate is, `[num_rows, num_candidates]`; candidate i is
+            token i when not given.
+
+    Returns:
+        Token ids, `[num_rows]`.
+    """
+    chosen = logits.argmax(dim=-1)
+    rows = _Rows.of(draws, logits.device)
+    if rows is not None:
+        ids = None if token_ids is None else token_ids[rows.index]
+        chosen[rows.index] = _sample_rows(logits[rows.index].float(), rows, ids)
+    return chosen if token_ids is None else token_ids.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+
+def _sample_rows(logits: Tensor, rows: _Rows, token_ids: Tensor | None) -> Tensor:
+    scores = logits / rows.temperature
+    if token_ids is None:
+        token_ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    best, best_index = scores.max(dim=-1, keepdim=True)
+    floor = _floor(scores, best, rows)
+    # What can't catch up with the likeliest token, whatever its noise, needs none.
+    noise = gumbel(rows.key, token_ids.gather(1, best_index))
+    floor = torch.maximum(floor, best + noise - MAX_GUMBEL)
+    row, column = (scores >= floor).nonzero(as_tuple=True)
+    perturbed = torch.full_like(scores, float("-inf"))
+    perturbed[row, column] = scores[row, column] + gumbel(rows.key[row, 0], token_ids[row, column])
+    return perturbed.argmax(dim=-1)
+
+
+def _floor(scores: Tensor, best: Tensor, rows: _Rows) -> Tensor:
+    """The lowest score, `[num_rows, 1]`, that top-k, top-p and min-p let through; ties stay in.
+
+    The order is temperature, top-k, top-p on what top-k left, min-p, as in transformers.
+    """
+    floor = torch.full_like(best, float("-inf"))
+    num_candidates = scores.shape[1]
+    limits = [k if 0 < k < num_candidates else num_candidates for k in rows.top_k]
+    limited = [k for k in limits if k < num_candidates]
+    if limited:
+        values = _largest(scores, max(limited))
+        last = torch.tensor(limits, device=scores.device).clamp_(max=values.shape[1]) - 1
+        kth = values.gather(1, last.unsqueeze(1))
+        unlimited = [[k == num_candidates] for k in limits]
+        floor = kth.masked_fill(torch.tensor(unlimited, device=scores.device), float("-inf"))
+    if bool((rows.top_p < 1).any()):
+        floor = torch.maximum(floor, _nucleus_floor(scores, floor, rows.top_p))
+    return torch.maximum(floor, best + rows.min_p.log())
+
+
+def _nucleus_floor(scores: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
+    left = scores.masked_fill(scores < floor, float("-inf"))
+    total = left.logsumexp(dim=-1, keepdim=True)
+    size = min(_FIRST_NUCLEUS, scores.shape[1])
+    while True:
+        values = _largest(left, size)
+        reached = (values - total).exp().cumsum(dim=-1)
+        if size == scores.shape[1] or bool(((reached[:, -1:] >= top_p) | (top_p >= 1)).all()):
+            break
+        size = min(size * 16, scores.shape[1])
+    # The nucleus ends with the first token that reaches top_p.
+    last = (reached < top_p).sum(dim=-1, keepdim=True).clamp_(max=size - 1)
+    return values.gather(1, last).masked_fill(top_p >= 1, float("-inf"))
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest scores of each row in descending order.
+
+    They all lie in the `count` blocks with the largest maxima, which is far less to sort than a
+    whole vocabulary.
+    """
+    num_rows, num_candidates = scores.shape
+    num_blocks = num_candidates // _BLOCK
+    if num_candidates % _BLOCK or count * 2 > num_blocks:
+        return scores.topk(count, dim=-1).values
+    blocks = scores.view(num_rows, num_blocks, _BLOCK)
+    top = blocks.amax(dim=-1).topk(count, dim=-1).indices
+    kept = blocks.gather(1, top.unsqueeze(-1).expand(-1, -1, _BLOCK))
+    return kept.view(num_rows, -1).topk(count, dim=-1).values

@@ -1,0 +1,99 @@
+"""One request's tokens, and where it stands between arrival and its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tandem.config import SamplingParams
+from tandem.errors import TandemError
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The state of one request.
+
+    `token_ids` holds prompt and output. The K/V of the first `num_computed` tokens are in the
+    cache and committed; while the sequence decodes, exactly one token is left to compute.
+    """
+
+    id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    drafter: str
+    max_lookahead: int
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    cancelled: bool = False
+    finish_reason: FinishReason | None = None
+    error: TandemError | None = None
+    num_verify_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Known tokens whose K/V are not in the cache yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The generated tokens, an end-of-sequence token included."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next pass computes one known token, so that drafts may follow it."""
+        return self.num_uncomputed == 1 and self.num_output_tokens > 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the sequence has ended, for whatever reason."""
+        return self.finish_reason is not None
+
+    def finish(self, reason: FinishReason, error: TandemError | None = None) -> None:
+        """Ends the sequence; it never runs again."""
+        assert not self.is_finished, f"sequence {self.id} ended twice"
+        self.finish_reason = reason
+        self.error = error
+
+
+@dataclass(eq=False)
+class ScheduledSequence:
+    """One sequence's part of a step.
+
+    The pass computes `num_tokens` known tokens, then the drafts. `num_draft_tokens` is the most
+    that the drafter may propose; it fills `draft_ids`.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    num_draft_tokens: int
+    draft_ids: list[int] = field(default_factory=list)
+
+    @property
+    def yields_token(self) -> bool:
+        """Whether the pass reaches the end of the known tokens, so that a next one is sampled."""
+        return self.num_tokens == self.sequence.num_uncomputed
