@@ -1,0 +1,44 @@
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+MODEL_REPOSITORY ?= model_repository
+PYTEST_ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test lint fmt clean distclean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## install packages, server and default model (PYTHON=python3)
+	@$(PYTHON) scripts/bootstrap.py
+
+demo: setup ## start a server, show what it does, stop it
+	@$(BIN)/python scripts/demo.py
+
+serve: setup ## serve until Ctrl-C (HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, MODEL_REPOSITORY)
+	@$(BIN)/python scripts/serve.py --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
+		--metrics-port $(METRICS_PORT) --model-repository $(MODEL_REPOSITORY)
+
+test: setup ## run the tests (PYTEST_ARGS="-k cache")
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## check style, types and imports; changes nothing
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+fmt: setup ## format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove what builds and tools leave behind
+	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## also remove what setup made: .venv, .triton and .models
+	@rm -rf .venv .triton .models .setup.lock
