@@ -1,9 +1,9 @@
-"""Tandem as a Triton backend: turns requests into sequences and what each step adds into responses.
+"""Tandem as a Triton backend: requests become sequences, and what a step adds, responses.
 
-The only file that knows Triton. `execute()` blocks while the engine is full, which leaves the
-surplus in Triton's queue, where its limits, timeouts and priorities act. Then it returns a
-coroutine, which steps the engine for all running sequences until its own requests are done. All
-responses leave from one thread, so that sending never holds up a step.
+`execute()` blocks while the engine is full, which leaves the surplus in Triton's queue, where its
+limits, timeouts and priorities act. Then it returns a coroutine, which steps the engine for all
+running sequences until its own requests are done. All responses leave from one thread, so that
+sending never holds up a step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,22 +21,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
-from transformers.utils import logging as transformers_logging
 
-from tandem import (
-    Delta,
-    Engine,
-    EngineConfig,
-    EngineStoppedError,
-    FinishReason,
-    InvalidRequestError,
-    Sequence,
-    TandemError,
-)
-from tandem.options import RequestOptions, parse_json, parse_options
-from tandem.text import Detokenizer
+from tandem import Delta, Engine, EngineConfig, EngineStoppedError, Sequence, TandemError
+from tandem_triton.log import log_to_server
+from tandem_triton.metrics import MetricsExporter
+from tandem_triton.request import Request
+from tandem_triton.signals import ShutdownSignal
 
 logger = logging.getLogger("tandem")
 
@@ -43,215 +35,8 @@ logger = logging.getLogger("tandem")
 # holds, and waits 5 s for the answer.
 _MAX_BLOCK_SECONDS = 3.0
 _WATCH_SECONDS = 0.05
-_METRICS = {
-    "engine_steps_total": "Verifier passes",
-    "prompt_tokens_total": "Prompt tokens of accepted requests",
-    "generation_tokens_total": "Generated tokens",
-    "num_preemptions_total": "Sequences freed and computed again because blocks ran out",
-    "num_requests_running": "Sequences in the continuous batch",
-    "num_requests_waiting": "Sequences that the engine has queued",
-    "kv_cache_blocks": "Blocks of the KV cache",
-    "kv_cache_blocks_used": "Blocks of the KV cache that belong to a sequence",
-    "spec_decode_num_drafts_total": "Rounds in which a drafter proposed tokens",
-    "spec_decode_num_draft_tokens_total": "Draft tokens that were verified",
-    "spec_decode_num_accepted_tokens_total": "Draft tokens that were accepted",
-}
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-
-
-class _ServerLog(logging.Handler):
-    """Writes the package's log to the server's."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.ERROR:
-            pb_utils.Logger.log_error(self.format(record))
-        elif record.levelno >= logging.WARNING:
-            pb_utils.Logger.log_warn(self.format(record))
-        else:
-            pb_utils.Logger.log_info(self.format(record))
-
-
-class Request:
-    """One Triton request: what it asks for, its text so far, and where its responses go."""
-
-    def __init__(self, request: Any) -> None:
-        self._sender = request.get_response_sender()
-        self._lock = threading.Lock()
-        self._detokenizer: Detokenizer | None = None
-        self._done = False
-        self._text = ""
-        self._accepted_text_length = 0
-        self._num_output_tokens = self._num_draft_tokens = self._num_accepted_tokens = 0
-        self._stream = False
-
-    def read(self, request: Any, engine: Engine) -> Sequence:
-        """Makes the sequence that the request asks for.
-
-        Raises:
-            InvalidRequestError: naming the input or parameter.
-        """
-        prompt = _string(request, "text_input")
-        assert prompt is not None, "Triton lets no request without text_input through"
-        options = _options(request)
-        assert engine.tokenizer is not None
-        self._detokenizer = Detokenizer(engine.tokenizer)
-        self._stream = options.stream
-        return engine.make_sequence(
-            prompt,
-            options.params,
-            drafter=options.drafter,
-            num_speculative_tokens=options.num_speculative_tokens,
-        )
-
-    def is_cancelled(self) -> bool:
-        """Whether the client went away. Asking after the last response would crash the server."""
-        with self._lock:
-            return not self._done and bool(self._sender.is_cancelled())
-
-    def fail(self, error: TandemError) -> None:
-        """Ends the request with an error."""
-        code = getattr(pb_utils.TritonError, error.code)
-        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)), _FINAL)
-
-    def deliver(self, delta: Delta) -> None:
-        """Adds what a step brought and sends it, if the client streams and there is text."""
-        assert self._detokenizer is not None
-        split = delta.num_accepted_tokens
-        accepted = self._detokenizer.push(delta.token_ids[:split])
-        text = accepted + self._detokenizer.push(delta.token_ids[split:])
-        if delta.finish_reason is not None:
-            text += self._detokenizer.flush()
-        if self._stream:
-            # Text is held back only while there is none, so all of it is this step's.
-            self._accepted_text_length = len(accepted)
-        self._text += text
-        self._num_output_tokens += len(delta.token_ids)
-        self._num_draft_tokens += delta.num_draft_tokens
-        self._num_accepted_tokens += delta.num_accepted_tokens
-        if delta.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
-            assert delta.sequence.error is not None
-            self.fail(delta.sequence.error)
-        elif delta.finish_reason is not None:
-            self._send(self._response(delta.sequence, delta.finish_reason.value), _FINAL)
-        elif self._stream and self._text:
-            self._send(self._response(delta.sequence, ""))
-
-    def _response(self, sequence: Sequence, finish_reason: str) -> Any:
-        response = pb_utils.InferenceResponse(
-            output_tensors=[
-                _tensor("text_output", self._text.encode(), np.object_),
-                _tensor("finish_reason", finish_reason.encode(), np.object_),
-                _tensor("num_input_tokens", sequence.num_prompt_tokens, np.int32),
-                _tensor("num_output_tokens", self._num_output_tokens, np.int32),
-                _tensor("num_draft_tokens", self._num_draft_tokens, np.int32),
-                _tensor("num_accepted_tokens", self._num_accepted_tokens, np.int32),
-                _tensor("accepted_text_length", self._accepted_text_length, np.int32),
-            ]
-        )
-        self._text, self._accepted_text_length = "", 0
-        self._num_output_tokens = self._num_draft_tokens = self._num_accepted_tokens = 0
-        return response
-
-    def _send(self, response: Any, flags: int = 0) -> None:
-        with self._lock:
-            assert not self._done, "a request got a response after its last"
-            self._done = flags == _FINAL
-            self._sender.send(response, flags)
-
-
-def _tensor(name: str, value: object, dtype: Any) -> Any:
-    return pb_utils.Tensor(name, np.array([[value]], dtype=dtype))
-
-
-def _input(request: Any, name: str) -> Any:
-    """The one element of an input tensor, or None if it wasn't sent."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
-    values = tensor.as_numpy().reshape(-1)
-    if len(values) != 1:
-        raise InvalidRequestError(f"{name} must hold one element, got {len(values)}")
-    return values[0]
-
-
-def _string(request: Any, name: str) -> str | None:
-    value = _input(request, name)
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{name} is not valid UTF-8: {error}") from error
-
-
-def _options(request: Any) -> RequestOptions:
-    """Tensors win over request parameters, of which the server adds some of its own."""
-    parameters = {
-        name: value
-        for name, value in json.loads(request.parameters() or "{}").items()
-        if not name.startswith("triton_")
-    }
-    text = _string(request, "sampling_parameters")
-    stream = _input(request, "stream")
-    return parse_options(
-        {} if stream is None else {"stream": bool(stream)},
-        parse_json("sampling_parameters", text) if text else {},
-        parameters,
-    )
-
-
-class _Metrics:
-    """Shows the engine's counters and load on the server's `/metrics`."""
-
-    def __init__(self, engine: Engine, args: dict[str, str]) -> None:
-        self._engine = engine
-        self._labels = {"model": args["model_name"], "version": args["model_version"]}
-        self._families: dict[str, Any] = {}
-        self._metrics: dict[tuple[str, str], Any] = {}
-        self._shown: dict[tuple[str, str], float] = {}
-        self._off = False
-
-    def update(self) -> None:
-        """Sends what has changed since the last time; each costs a message to the server."""
-        stats, load = self._engine.stats, self._engine.load
-        self._show("engine_steps_total", stats.num_steps)
-        self._show("prompt_tokens_total", stats.num_prompt_tokens)
-        self._show("generation_tokens_total", stats.num_generation_tokens)
-        self._show("num_preemptions_total", load.num_preemptions)
-        self._show("num_requests_running", load.num_running)
-        self._show("num_requests_waiting", load.num_waiting)
-        self._show("kv_cache_blocks", load.num_blocks)
-        self._show("kv_cache_blocks_used", load.num_blocks_used)
-        for name, drafter in list(self._engine.drafter_stats.items()):
-            self._show("spec_decode_num_drafts_total", drafter.num_drafts, name)
-            self._show("spec_decode_num_draft_tokens_total", drafter.num_draft_tokens, name)
-            self._show("spec_decode_num_accepted_tokens_total", drafter.num_accepted_tokens, name)
-
-    def _show(self, name: str, value: float, drafter: str = "") -> None:
-        key = (name, drafter)
-        if self._off or self._shown.get(key) == value:
-            return
-        try:
-            metric = self._metrics.get(key) or self._make(name, drafter)
-        except pb_utils.TritonModelException as error:
-            logger.info("the server's metrics are off: %s", error)
-            self._off = True
-            return
-        if name.endswith("_total"):
-            metric.increment(value - self._shown.get(key, 0))
-        else:
-            metric.set(value)
-        self._shown[key] = value
-
-    def _make(self, name: str, drafter: str) -> Any:
-        kinds = pb_utils.MetricFamily
-        if name not in self._families:
-            self._families[name] = kinds(
-                name=f"tandem:{name}",
-                description=_METRICS[name],
-                kind=kinds.COUNTER if name.endswith("_total") else kinds.GAUGE,
-            )
-        labels = {**self._labels, "drafter": drafter} if drafter else self._labels
-        metric = self._metrics[name, drafter] = self._families[name].Metric(labels=labels)
-        return metric
+_DRAIN_SECONDS = 5.0
+_SHUTTING_DOWN = EngineStoppedError("the server is shutting down")
 
 
 class TritonPythonModel:
@@ -259,29 +44,24 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the engine from the version directory's `model.json` and starts the threads."""
-        self._set_up_logging()
+        log_to_server()
         self._engine = self._load_engine(args)
-        self._metrics = _Metrics(self._engine, args)
+        self._metrics = MetricsExporter(self._engine, args)
+        self._drain_seconds = self._parameter(args, "drain_seconds", _DRAIN_SECONDS)
         self._stopped: EngineStoppedError | None = None
         self._turn = asyncio.Lock()
         self._stepper = ThreadPoolExecutor(1, "tandem-step")
         self._room = threading.Condition()
         self._requests: dict[Sequence, Request] = {}
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._closing = threading.Event()
+        self._shutdown_signal = ShutdownSignal()
+        self._closing = False
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("tandem-send", self._send), ("tandem-watch", self._watch))
         ]
         for thread in self._threads:
             thread.start()
-
-    @staticmethod
-    def _set_up_logging() -> None:
-        if not logger.handlers:
-            logger.addHandler(_ServerLog())
-            logger.setLevel(logging.INFO)
-        transformers_logging.disable_progress_bar()
 
     @staticmethod
     def _load_engine(args: dict[str, str]) -> Engine:
@@ -299,10 +79,22 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{config.verifier} has no tokenizer")
         return engine
 
+    @staticmethod
+    def _parameter(args: dict[str, str], name: str, default: float) -> float:
+        given = json.loads(args["model_config"]).get("parameters", {}).get(name)
+        try:
+            return default if given is None else float(given["string_value"])
+        except ValueError:
+            raise pb_utils.TritonModelException(
+                f"config.pbtxt: parameter {name} must be a number, got {given['string_value']!r}"
+            ) from None
+
+    # --- on Triton's thread
+
     def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None]:
         """Waits for room, queues the requests, and returns what runs them to their end."""
         self._wait_for_room()
-        sequences = [self._admit(Request(request), request) for request in requests]
+        sequences = [self._admit(request) for request in requests]
         return self._run([sequence for sequence in sequences if sequence is not None])
 
     def _wait_for_room(self) -> None:
@@ -310,18 +102,34 @@ class TritonPythonModel:
         with self._room:
             self._room.wait_for(lambda: len(self._requests) < limit, _MAX_BLOCK_SECONDS)
 
-    def _admit(self, request: Request, triton_request: Any) -> Sequence | None:
+    def _admit(self, triton_request: Any) -> Sequence | None:
+        request = Request(triton_request)
         try:
-            if self._stopped is not None:
-                raise self._stopped
             sequence = request.read(triton_request, self._engine)
+            with self._room:
+                if self._stopped is not None:
+                    raise self._stopped
+                self._requests[sequence] = request
         except TandemError as error:
             self._outbox.put(partial(request.fail, error))
             return None
-        with self._room:
-            self._requests[sequence] = request
         self._engine.add(sequence)
         return sequence
+
+    def is_ready(self) -> bool:
+        """Asked by servers that know it: False once the engine has failed or is shutting down."""
+        return self._stopped is None
+
+    def finalize(self) -> None:
+        """Ends what still runs with an error, sends it, and stops the threads."""
+        self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
+        self._stepper.shutdown()
+        self._closing = True
+        self._outbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    # --- on the event loop, and the thread that steps
 
     async def _run(self, sequences: list[Sequence]) -> None:
         """Takes turns with the other calls in stepping the engine, until `sequences` are done."""
@@ -341,7 +149,7 @@ class TritonPythonModel:
             self._hand_out(deltas)
 
     def _stop(self, error: EngineStoppedError) -> None:
-        """Ends all requests; on the stepping thread, so no step is running."""
+        """Takes no more requests and ends the running ones; no step may be running."""
         with self._room:
             self._stopped = error
         self._hand_out(self._engine.abort(error))
@@ -355,6 +163,8 @@ class TritonPythonModel:
                 self._outbox.put(partial(request.deliver, delta))
             self._room.notify_all()
 
+    # --- on threads of their own
+
     def _send(self) -> None:
         """Works off the outbox; a response that can't be sent harms no other."""
         while (send := self._outbox.get()) is not None:
@@ -364,25 +174,22 @@ class TritonPythonModel:
                 logger.exception("a response could not be sent")
 
     def _watch(self) -> None:
-        """Looks for clients that went away, and keeps the metrics up to date."""
-        while not self._closing.wait(_WATCH_SECONDS):
-            with self._room:
-                live = list(self._requests.items())
-            for sequence, request in live:
-                if not sequence.cancelled and request.is_cancelled():
-                    self._engine.cancel(sequence)
+        """Looks for clients that went away and for a shutdown, and keeps the metrics up to date."""
+        deadline: float | None = None
+        while not self._closing:
+            if self._shutdown_signal.wait(_WATCH_SECONDS) and deadline is None:
+                deadline = time.monotonic() + self._drain_seconds
+                logger.info("shutting down: running requests have %g s", self._drain_seconds)
+                with self._room:
+                    self._stopped = _SHUTTING_DOWN
+            if deadline is not None and time.monotonic() > deadline and self._requests:
+                self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
+            self._end_cancelled()
             self._metrics.update()
 
-    def is_ready(self) -> bool:
-        """Asked by servers that know it: False once the engine has failed or is shutting down."""
-        return self._stopped is None
-
-    def finalize(self) -> None:
-        """Ends what still runs with an error, sends it, and stops the threads."""
-        error = EngineStoppedError("the server is shutting down")
-        self._stepper.submit(self._stop, error).result()
-        self._stepper.shutdown()
-        self._closing.set()
-        self._outbox.put(None)
-        for thread in self._threads:
-            thread.join()
+    def _end_cancelled(self) -> None:
+        with self._room:
+            live = list(self._requests.items())
+        for sequence, request in live:
+            if not sequence.cancelled and request.is_cancelled():
+                self._engine.cancel(sequence)
