@@ -30,7 +30,7 @@ lint: setup ## check style, types and imports; changes nothing
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 fmt: setup ## format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix
