@@ -173,9 +173,10 @@ class TritonServer:
             return
         shared_memory = _shared_memory(self._process.pid)
         try:
-            self._process.terminate()
+            # The models' own processes hear it too: the backend ends its streams in time.
+            os.killpg(self._process.pid, signal.SIGTERM)
             self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, ProcessLookupError):
             pass
         finally:
             with suppress(ProcessLookupError):

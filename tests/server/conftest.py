@@ -1,0 +1,85 @@
+"""A real Triton server with a tiny verifier, and the same engine in this process as the oracle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem import Engine, EngineConfig
+from tiny_models import save_verifier
+from triton_server import TritonServer
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_MODEL_LEN = 16000
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "drafters": {"ngram": {"num_speculative_tokens": 4, "min_ngram_size": 1}},
+    "max_num_seqs": 8,
+    "max_model_len": MAX_MODEL_LEN,
+}
+
+
+def write_repository(
+    directory: Path,
+    verifier: Path,
+    name: str = "tandem",
+    max_queue_size: int = 128,
+    **settings: Any,
+) -> Path:
+    """Adds a model to a repository: the published configuration, with a tiny verifier."""
+    version = directory / name / "1"
+    version.mkdir(parents=True)
+    config = (ROOT / "model_repository/tandem/config.pbtxt").read_text()
+    config = config.replace('name: "tandem"', f'name: "{name}"')
+    config = config.replace("max_queue_size: 128", f"max_queue_size: {max_queue_size}")
+    # Triton's own parameter, shortened so that the test of it needn't wait.
+    config += '\nparameters { key: "drain_seconds" value { string_value: "1" } }\n'
+    (version.parent / "config.pbtxt").write_text(config)
+    model = {"verifier": str(verifier), **SETTINGS, **settings}
+    (version / "model.json").write_text(json.dumps(model))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with room for texts that take seconds to write."""
+    path = save_verifier("llama", tmp_path_factory.mktemp("verifier"))
+    config = json.loads((path / "config.json").read_text())
+    config["max_position_embeddings"] = MAX_MODEL_LEN
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory, tiny_verifier: Path) -> Path:
+    """Two models: `tandem`, and `short_queue`, in whose queue four requests have room."""
+    directory = tmp_path_factory.mktemp("repository")
+    write_repository(directory, tiny_verifier)
+    return write_repository(directory, tiny_verifier, "short_queue", max_queue_size=4)
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[TritonServer]:
+    """A server that all tests share."""
+    with TritonServer(repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_verifier: Path) -> Engine:
+    """What the server's engine must agree with."""
+    return Engine(EngineConfig(verifier=str(tiny_verifier), **SETTINGS))
+
+
+@pytest.fixture
+def private_repository(tmp_path: Path, tiny_verifier: Path) -> Iterator[Path]:
+    """A repository for a test that starts a server of its own."""
+    directory = write_repository(tmp_path / "repository", tiny_verifier)
+    yield directory
+    shutil.rmtree(directory)

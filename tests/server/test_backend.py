@@ -1,0 +1,285 @@
+"""The backend inside a real Triton server, driven by Triton's own clients."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from stream import TIMEOUT, Stream, metric, wait_until
+
+from tandem import Engine, SamplingParams
+from triton_server import EXIT_TIMEOUT_SECONDS, ServerError, TritonServer
+
+pytestmark = pytest.mark.server
+
+SHUTTING_DOWN = "the server is shutting down"
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40}
+
+
+def offline(engine: Engine, prompt: str, **options: Any) -> tuple[str, int]:
+    """The text and number of tokens that the engine gives without a server, drafting nothing."""
+    options.pop("drafter", None)
+    output = next(engine.generate([prompt], SamplingParams(**options), drafter="none"))
+    assert output.text is not None
+    return output.text, len(output.token_ids)
+
+
+def post(server: TritonServer, verb: str, body: Any, model: str = "tandem") -> requests.Response:
+    url = f"{server.http_url}/v2/models/{model}/{verb}"
+    return requests.post(url, json=body, timeout=TIMEOUT)
+
+
+def is_idle(server: TritonServer, model: str = "tandem") -> bool:
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_blocks_used")
+    return all(metric(server, name, model) == 0 for name in names)
+
+
+def is_running(server: TritonServer, model: str, count: int) -> bool:
+    return metric(server, "num_requests_running", model) == count
+
+
+def test_grpc_stream_gives_the_engines_text(server: TritonServer, engine: Engine) -> None:
+    with Stream(server) as stream:
+        stream.send("a", "hello world", **GREEDY)
+        response = stream.responses(1)["a"]
+    text, num_tokens = offline(engine, "hello world", **GREEDY)
+    assert response.text == text
+    assert response.counts["num_output_tokens"] == num_tokens
+    assert response.counts["num_input_tokens"] == len("hello world")
+    assert response.finish_reason in ("stop", "length")
+    assert len(response.texts) > 1
+    assert "" not in response.texts[:-1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+def test_grpc_stream_gives_the_same_text_with_and_without_speculation(
+    server: TritonServer, engine: Engine, temperature: float
+) -> None:
+    options = {"temperature": temperature, "max_tokens": 60, "seed": 11, "top_k": 5}
+    with Stream(server) as stream:
+        for drafter in ("none", "ngram"):
+            stream.send(drafter, "abcabcabcabc", drafter=drafter, **options)
+        responses = stream.responses(2)
+    assert responses["ngram"].text == responses["none"].text
+    assert responses["ngram"].text == offline(engine, "abcabcabcabc", **options)[0]
+    assert responses["ngram"].counts["num_draft_tokens"] > 0
+    assert responses["none"].counts["num_draft_tokens"] == 0
+
+
+def test_without_stream_there_is_one_response(server: TritonServer, engine: Engine) -> None:
+    with Stream(server) as stream:
+        stream.send("a", "one answer", stream=False, **GREEDY)
+        response = stream.responses(1)["a"]
+    text, num_tokens = offline(engine, "one answer", **GREEDY)
+    assert response.texts == [text]
+    assert response.counts["num_output_tokens"] == num_tokens
+
+
+def test_http_generate_takes_parameters(server: TritonServer, engine: Engine) -> None:
+    text, num_tokens = offline(engine, "over http", **GREEDY)
+    for body in (
+        {"text_input": "over http", **GREEDY},
+        {"text_input": "over http", "parameters": GREEDY},
+        {"text_input": "over http", "sampling_parameters": json.dumps(GREEDY)},
+    ):
+        answer = post(server, "generate", body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["text_output"] == text
+        assert answer.json()["num_output_tokens"] == num_tokens
+
+
+def test_http_generate_stream_gives_server_sent_events(
+    server: TritonServer, engine: Engine
+) -> None:
+    body = {"text_input": "over http", "stream": True, **GREEDY}
+    lines = post(server, "generate_stream", body).text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert (
+        "".join(event["text_output"] for event in events)
+        == offline(engine, "over http", **GREEDY)[0]
+    )
+    assert [event["finish_reason"] for event in events[:-1]] == [""] * (len(events) - 1)
+
+
+def test_the_tensor_wins_over_request_parameters(server: TritonServer) -> None:
+    body = {
+        "text_input": "x",
+        "max_tokens": 9,
+        "ignore_eos": True,
+        "sampling_parameters": '{"max_tokens": "3"}',
+    }
+    assert post(server, "generate", body).json()["num_output_tokens"] == 3
+
+
+def test_32_clients_against_8_slots_share_steps(server: TritonServer, engine: Engine) -> None:
+    options = {"temperature": 0.0, "max_tokens": 100, "ignore_eos": True}
+    prompts = [f"prompt number {i} " * (i % 5 + 1) for i in range(32)]
+    wait_until(lambda: is_idle(server))
+    steps = metric(server, "engine_steps_total")
+    streams = [Stream(server) for _ in prompts]
+    for stream, prompt in zip(streams, prompts, strict=True):
+        stream.send(prompt, prompt, drafter="none", **options)
+    responses = {}
+    for stream in streams:
+        responses |= stream.responses(1)
+        stream.close()
+    wait_until(lambda: is_idle(server))
+    # Alone, each needs 100 steps; eight at a time need an eighth of 3,200 in all.
+    assert metric(server, "engine_steps_total") - steps < 3200 / 2
+    expected = engine.generate(prompts, SamplingParams(**options), drafter="none")
+    for prompt, output in zip(prompts, expected, strict=True):
+        assert responses[prompt].text == output.text
+        assert responses[prompt].num_finals == 1
+
+
+def test_a_full_queue_refuses_and_nothing_hangs(server: TritonServer, engine: Engine) -> None:
+    options = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
+    expected = offline(engine, "busy", **options)[0]
+    with Stream(server, "short_queue") as running, Stream(server, "short_queue") as late:
+        for number in range(8):
+            running.send(str(number), "busy", **options)
+            wait_until(partial(is_running, server, "short_queue", number + 1))
+        for number in range(32):
+            late.send(str(number), "busy", **options)
+        responses = [*running.responses(8).values(), *late.responses(32).values()]
+    refused = [r for r in responses if r.error]
+    served = [r for r in responses if not r.error]
+    assert len(refused) + len(served) == 40
+    assert all("maximum queue size" in r.error for r in refused)
+    assert all(r.text == expected for r in served)
+    # The slots, the queue, and what execute() holds while it waits for room.
+    assert 8 + 4 <= len(served) <= 8 + 4 + 8
+    wait_until(lambda: is_idle(server, "short_queue"))
+
+
+def test_the_blocks_of_a_killed_client_come_back(server: TritonServer) -> None:
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from types import SimpleNamespace\n"
+        "from stream import Stream\n"
+        "stream = Stream(SimpleNamespace(grpc_url=sys.argv[3]))\n"
+        f"stream.send('a', 'a long story', max_tokens={15000}, temperature=0.0, ignore_eos=True)\n"
+        "stream.events.get(timeout=60)\n"
+        "print('streaming', flush=True)\n"
+        "stream.events.join()\n"
+        "import time; time.sleep(600)\n"
+    )
+    paths = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "scripts")]
+    client = subprocess.Popen(
+        [sys.executable, "-c", code, *paths, server.grpc_url], stdout=subprocess.PIPE
+    )
+    assert client.stdout is not None
+    with client.stdout:
+        assert client.stdout.readline() == b"streaming\n"
+        wait_until(lambda: metric(server, "kv_cache_blocks_used") > 0)
+        client.send_signal(signal.SIGKILL)
+        client.wait()
+    wait_until(lambda: is_idle(server), seconds=5)
+
+
+def test_a_cancelled_stream_leaves_the_others_alone(server: TritonServer, engine: Engine) -> None:
+    options = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
+    with Stream(server) as kept:
+        cancelled = Stream(server)
+        cancelled.send("gone", "a long story", **options | {"max_tokens": 15000})
+        kept.send("kept", "a short story", **options)
+        cancelled.events.get(timeout=TIMEOUT)
+        cancelled.close()
+        response = kept.responses(1)["kept"]
+    assert response.text == offline(engine, "a short story", **options)[0]
+    wait_until(lambda: is_idle(server), seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_token": 3}, "max_token"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"seed": 2**64}, "seed"),
+        ({"drafter": "eagle"}, "eagle"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens"),
+        ({"ignore_eos": "perhaps"}, "ignore_eos"),
+    ],
+)
+def test_a_wrong_parameter_is_named(
+    server: TritonServer, options: dict[str, Any], named: str
+) -> None:
+    with Stream(server) as stream:
+        stream.send("wrong", "hello", **options)
+        (response,) = stream.responses(1).values()
+    assert named in response.error
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"), [("", "empty"), (b"\xff\xfe", "UTF-8"), ("x" * 20000, "max_model_len")]
+)
+def test_a_wrong_prompt_is_refused(server: TritonServer, prompt: str | bytes, named: str) -> None:
+    with Stream(server) as stream:
+        stream.send("wrong", prompt)
+        (response,) = stream.responses(1).values()
+    assert named in response.error
+
+
+def test_a_wrong_parameter_is_a_client_error_over_http(server: TritonServer) -> None:
+    for body in (
+        {"text_input": "x", "top_p": 2},
+        {"text_input": "x", "sampling_parameters": "{"},
+        {"text_input": "x", "sampling_parameters": "[]"},
+    ):
+        answer = post(server, "generate", body)
+        assert answer.status_code == 400, answer.text
+        assert "top_p" in answer.json()["error"] or "sampling_parameters" in answer.json()["error"]
+
+
+def test_a_wrong_request_leaves_its_batch_alone(server: TritonServer, engine: Engine) -> None:
+    with Stream(server) as stream:
+        for number in range(12):
+            options = {"top_k": -1} if number % 3 == 0 else GREEDY
+            stream.send(str(number), "hello", **options)
+        responses = stream.responses(12)
+    text = offline(engine, "hello", **GREEDY)[0]
+    served = [r for r in responses.values() if not r.error]
+    assert len(served) == 8
+    assert all(r.text == text for r in served)
+
+
+@pytest.mark.slow
+def test_shutdown_ends_every_stream(private_repository: Path) -> None:
+    with TritonServer(private_repository) as server:
+        streams = [Stream(server) for _ in range(10)]
+        for number, stream in enumerate(streams):
+            # Eight run and two wait.
+            stream.send(str(number), "endless", max_tokens=15000, ignore_eos=True)
+        wait_until(lambda: metric(server, "num_requests_running") == 8)
+        started = time.monotonic()
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        for stream in streams:
+            responses = stream.responses(1)
+            # An open stream would hold the server up until its exit timeout.
+            stream.close()
+            assert [r.error for r in responses.values() if r.num_finals] == [SHUTTING_DOWN]
+        stopping.join()
+        assert time.monotonic() - started < EXIT_TIMEOUT_SECONDS
+
+
+@pytest.mark.slow
+def test_a_wrong_model_json_says_what_is_allowed(private_repository: Path) -> None:
+    path = private_repository / "tandem/1/model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"verifer": "x"}))
+    with pytest.raises(ServerError, match="unknown key 'verifer'; allowed: verifier, dtype"):
+        TritonServer(private_repository).__enter__()
