@@ -1,1 +1,57 @@
-"""A client for Tandem on Triton."""
+"""Client of a Triton server that has the Tandem backend.
+
+>>> from tandem_client import generate, stream
+>>> generate("The capital of France is", max_tokens=16).text
+>>> for chunk in stream("Once upon a time", max_tokens=64): print(chunk.text, end="")
+"""
+
+from collections.abc import Iterator
+from typing import Unpack
+
+from tandem_client.client import DEFAULT_MODEL, DEFAULT_URL, AsyncClient, Client
+from tandem_client.errors import (
+    RequestError,
+    RequestTimeoutError,
+    ServerUnavailableError,
+    TandemClientError,
+)
+from tandem_client.protocol import Chunk, Completion, Options
+
+
+def generate(
+    prompt: str,
+    *,
+    url: str = DEFAULT_URL,
+    model: str = DEFAULT_MODEL,
+    timeout: float | None = None,
+    **options: Unpack[Options],
+) -> Completion:
+    """The whole answer to one prompt; see `Client.generate`."""
+    return Client(url, model, timeout).generate(prompt, **options)
+
+
+def stream(
+    prompt: str,
+    *,
+    url: str = DEFAULT_URL,
+    model: str = DEFAULT_MODEL,
+    timeout: float | None = None,
+    **options: Unpack[Options],
+) -> Iterator[Chunk]:
+    """The answer to one prompt as it comes; see `Client.stream`."""
+    return Client(url, model, timeout).stream(prompt, **options)
+
+
+__all__ = [
+    "AsyncClient",
+    "Chunk",
+    "Client",
+    "Completion",
+    "Options",
+    "RequestError",
+    "RequestTimeoutError",
+    "ServerUnavailableError",
+    "TandemClientError",
+    "generate",
+    "stream",
+]

@@ -103,9 +103,11 @@ class Engine:
         self._ids = itertools.count()
         self._lock = Lock()
         logger.info(
-            "loaded %s and %d drafters in %.1f s",
+            "loaded %s in %s on %s, drafters: %s; took %.1f s",
             config.verifier,
-            len(self.drafters),
+            str(loaded.model.dtype).removeprefix("torch."),
+            loaded.model.device.type,
+            ", ".join([NO_DRAFTER, *self.drafters]),
             time.monotonic() - started,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Request:
         self._done = False
         self._text = ""
         self._accepted_text_length = 0
-        self._num_output_tokens = self._num_draft_tokens = self._num_accepted_tokens = 0
+        self._counts: Counter[str] = Counter()  # since the last response, by output
         self._stream = False
 
     def read(self, request: Any, engine: Engine) -> Sequence:
@@ -70,9 +71,12 @@ class Request:
             # Text is held back only while there is none, so all of it is this step's.
             self._accepted_text_length = len(accepted)
         self._text += text
-        self._num_output_tokens += len(delta.token_ids)
-        self._num_draft_tokens += delta.num_draft_tokens
-        self._num_accepted_tokens += delta.num_accepted_tokens
+        self._counts.update(
+            num_output_tokens=len(delta.token_ids),
+            num_drafts=int(delta.num_draft_tokens > 0),
+            num_draft_tokens=delta.num_draft_tokens,
+            num_accepted_tokens=delta.num_accepted_tokens,
+        )
         if delta.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
             assert delta.sequence.error is not None
             self.fail(delta.sequence.error)
@@ -87,14 +91,12 @@ class Request:
                 _tensor("text_output", self._text.encode(), np.object_),
                 _tensor("finish_reason", finish_reason.encode(), np.object_),
                 _tensor("num_input_tokens", sequence.num_prompt_tokens, np.int32),
-                _tensor("num_output_tokens", self._num_output_tokens, np.int32),
-                _tensor("num_draft_tokens", self._num_draft_tokens, np.int32),
-                _tensor("num_accepted_tokens", self._num_accepted_tokens, np.int32),
+                *(_tensor(name, count, np.int32) for name, count in self._counts.items()),
                 _tensor("accepted_text_length", self._accepted_text_length, np.int32),
             ]
         )
         self._text, self._accepted_text_length = "", 0
-        self._num_output_tokens = self._num_draft_tokens = self._num_accepted_tokens = 0
+        self._counts.clear()
         return response
 
     def _send(self, response: Any, flags: int = 0) -> None:

@@ -16,6 +16,7 @@ import tritonclient.grpc as grpcclient
 from triton_server import TritonServer
 
 TIMEOUT = 60
+COUNTS = ("num_output_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 
 def inputs(prompt: str | bytes, *, stream: bool = True, **options: Any) -> list[Any]:
@@ -100,7 +101,7 @@ class Response:
             assert self.num_finals == 0, "a response came after the last"
             self.texts.append(text[0][0].decode())
             self.finish_reason = result.as_numpy("finish_reason")[0][0].decode()
-            for name in ("num_output_tokens", "num_draft_tokens", "num_accepted_tokens"):
+            for name in COUNTS:
                 value = int(result.as_numpy(name)[0][0])
                 self.counts[name] = self.counts.get(name, 0) + value
             self.counts["num_input_tokens"] = int(result.as_numpy("num_input_tokens")[0][0])

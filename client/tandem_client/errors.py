@@ -1,0 +1,23 @@
+"""Errors of the client.
+
+TandemClientError
+├── ServerUnavailableError   nobody answers at the address
+├── RequestError             the server refused or failed the request
+└── RequestTimeoutError      the answer was not complete in time
+"""
+
+
+class TandemClientError(Exception):
+    """Base of all errors of this package."""
+
+
+class ServerUnavailableError(TandemClientError):
+    """Nobody answers at the address."""
+
+
+class RequestError(TandemClientError):
+    """The server refused or failed the request; the message is the server's."""
+
+
+class RequestTimeoutError(TandemClientError):
+    """The answer was not complete within the timeout; the request is cancelled."""
