@@ -185,9 +185,12 @@ def _scramble(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return model.float().eval()
 
 
-def save_verifier(name: str, directory: Path, seed: int = 0) -> Path:
+def save_verifier(name: str, directory: Path, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Path:
     """Saves the tiny verifier `name` with its tokenizer; returns its directory."""
-    return save_model(_VERIFIERS[name](), directory / name, seed)
+    model = _VERIFIERS[name]()
+    if vocab_size != VOCAB_SIZE:
+        model.resize_token_embeddings(vocab_size)
+    return save_model(model, directory / name, seed)
 
 
 def save_model(model: PreTrainedModel, path: Path, seed: int = 0) -> Path:
@@ -199,8 +202,18 @@ def save_model(model: PreTrainedModel, path: Path, seed: int = 0) -> Path:
     return path
 
 
-def save_assistant(verifier: str, directory: Path, seed: int = 1) -> Path:
-    """Saves a tiny MTP assistant that fits the tiny verifier; returns its directory."""
+def save_assistant(
+    verifier: str,
+    directory: Path,
+    seed: int = 1,
+    *,
+    backbone_hidden_size: int | None = None,
+    **changes: Any,
+) -> Path:
+    """Saves a tiny MTP assistant; returns its directory.
+
+    It fits the tiny verifier, unless `changes` to its text part say otherwise.
+    """
     target = _VERIFIERS[verifier]().config.get_text_config()
     unified = verifier.endswith("unified")
     text_class = Gemma4UnifiedTextConfig if unified else Gemma4TextConfig
@@ -218,11 +231,12 @@ def save_assistant(verifier: str, directory: Path, seed: int = 1) -> Path:
         sizes["num_global_key_value_heads"] = 1
     if not unified:
         sizes |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    sizes |= changes
     config_class = Gemma4UnifiedAssistantConfig if unified else Gemma4AssistantConfig
     model_class = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
     config = config_class(
         text_config=text_class(**sizes),
-        backbone_hidden_size=target.hidden_size,
+        backbone_hidden_size=backbone_hidden_size or target.hidden_size,
         use_ordered_embeddings=ASSISTANTS[verifier],
         num_centroids=24,
         centroid_intermediate_top_k=6,
