@@ -5,7 +5,7 @@
 >>> for chunk in stream("Once upon a time", max_tokens=64): print(chunk.text, end="")
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Unpack
 
 from tandem_client.client import DEFAULT_MODEL, DEFAULT_URL, AsyncClient, Client
@@ -27,7 +27,8 @@ def generate(
     **options: Unpack[Options],
 ) -> Completion:
     """The whole answer to one prompt; see `Client.generate`."""
-    return Client(url, model, timeout).generate(prompt, **options)
+    with Client(url, model, timeout) as client:
+        return client.generate(prompt, **options)
 
 
 def stream(
@@ -37,9 +38,10 @@ def stream(
     model: str = DEFAULT_MODEL,
     timeout: float | None = None,
     **options: Unpack[Options],
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """The answer to one prompt as it comes; see `Client.stream`."""
-    return Client(url, model, timeout).stream(prompt, **options)
+    with Client(url, model, timeout) as client:
+        yield from client.stream(prompt, **options)
 
 
 __all__ = [

@@ -9,10 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TextIO, cast
 
 from tandem_client.client import DEFAULT_MODEL, DEFAULT_URL, Client
-from tandem_client.errors import ServerUnavailableError, TandemClientError
+from tandem_client.errors import RequestError, ServerUnavailableError, TandemClientError
 from tandem_client.protocol import Chunk, Completion, Options
 
 OK, FAILED, UNREACHABLE, INTERRUPTED = 0, 1, 3, 130
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _generate(parsed)
     except KeyboardInterrupt:
-        print("\ncancelled", file=sys.stderr)
+        print("\ncancelled, on the server too", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader, such as `head`, has enough; Python would complain once more at exit.
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(parsed: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if parsed.prompt == "-" else parsed.prompt
+    prompt = read_input() if parsed.prompt == "-" else parsed.prompt
     client = Client(parsed.url, parsed.model, parsed.timeout)
     given = {name: getattr(parsed, name, None) for name in Options.__optional_keys__}
     options = cast("Options", {name: value for name, value in given.items() if value is not None})
@@ -92,14 +93,24 @@ def _generate(parsed: argparse.Namespace) -> int:
     return OK
 
 
+def read_input() -> str:
+    """Standard input; raises RequestError if it isn't UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt is not valid UTF-8: {error}") from error
+
+
 def follow(
     client: Client, prompt: str, options: Options, show: Callable[[Chunk], None]
 ) -> Completion:
     """Streams an answer to `show`, and returns it whole."""
     start, chunks = time.monotonic(), []
-    for chunk in client.stream(prompt, **options):
-        show(chunk)
-        chunks.append(chunk)
+    # Closed even if `show` is interrupted, so that the server hears of it.
+    with closing(client.stream(prompt, **options)) as answer:
+        for chunk in answer:
+            show(chunk)
+            chunks.append(chunk)
     return Completion.of(chunks, time.monotonic() - start)
 
 

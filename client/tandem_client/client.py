@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import queue
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, Unpack
+from collections.abc import AsyncGenerator, Generator
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Self, Unpack
 
-import tritonclient.grpc as triton
-import tritonclient.grpc.aio as triton_aio
-from tritonclient.utils import InferenceServerException
+import grpc  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2_grpc
 
-from tandem_client.protocol import Chunk, Completion, Options, Responses, request_inputs
+from tandem_client.protocol import Chunk, Completion, Exchange, Options
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_MODEL = "tandem"
 
+# The stub rather than tritonclient's own streams: those allow one request at a time, lose errors
+# of the connection, and leave a thread behind for each request that is cancelled.
+
 
 class Client:
-    """Sends requests over gRPC and waits for the answers.
+    """Sends requests over gRPC and waits for the answers; any number of threads may share one.
 
     Args:
         url: the server's gRPC address, `host:port`.
@@ -32,6 +35,8 @@ class Client:
         self.url = url
         self.model = model
         self.timeout = timeout
+        self._channel = grpc.insecure_channel(url)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(self, prompt: str, **options: Unpack[Options]) -> Completion:
         """The whole answer to `prompt`.
@@ -43,7 +48,7 @@ class Client:
         chunks = list(self._request(prompt, False, options))
         return Completion.of(chunks, time.monotonic() - start)
 
-    def stream(self, prompt: str, **options: Unpack[Options]) -> Iterator[Chunk]:
+    def stream(self, prompt: str, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """The answer as it comes. Leaving the loop early cancels the request on the server.
 
         Raises:
@@ -51,26 +56,37 @@ class Client:
         """
         return self._request(prompt, True, options)
 
-    def _request(self, prompt: str, stream: bool, options: Options) -> Iterator[Chunk]:
-        arrived: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
-        responses = Responses(self.url)
-        inputs = request_inputs(prompt, stream=stream, options=options)
-        with triton.InferenceServerClient(self.url) as client:
-            client.start_stream(
-                lambda result, error: arrived.put((result, error)), stream_timeout=self.timeout
-            )
-            try:
-                client.async_stream_infer(self.model, inputs, enable_empty_final_response=True)
-                while not responses.ended:
-                    chunk = responses.read(*arrived.get())
-                    if chunk is not None:
-                        yield chunk
-            finally:
-                client.stop_stream(cancel_requests=not responses.ended)
+    def close(self) -> None:
+        """Closes the connection; running requests are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, prompt: str, stream: bool, options: Options) -> Generator[Chunk, None, None]:
+        exchange = Exchange(self.url, self.model, prompt, stream, options)
+        call = self._stub.ModelStreamInfer(iter([exchange.request]), timeout=self.timeout)
+        try:
+            for message in call:
+                if (chunk := exchange.read(message)) is not None:
+                    yield chunk
+            exchange.check_ended()
+        except grpc.RpcError as error:
+            raise exchange.explain(error) from error
+        finally:
+            call.cancel()
 
 
 class AsyncClient:
-    """`Client` for asyncio."""
+    """`Client` for asyncio; used inside one event loop."""
 
     def __init__(
         self, url: str = DEFAULT_URL, model: str = DEFAULT_MODEL, timeout: float | None = None
@@ -79,37 +95,48 @@ class AsyncClient:
         self.model = model
         self.timeout = timeout
 
+    @cached_property
+    def _channel(self) -> Any:
+        # Made at the first request: it belongs to the event loop that runs then.
+        return grpc.aio.insecure_channel(self.url)
+
     async def generate(self, prompt: str, **options: Unpack[Options]) -> Completion:
         """The whole answer to `prompt`; raises as `Client.generate` does."""
         start = time.monotonic()
         chunks = [chunk async for chunk in self._request(prompt, False, options)]
         return Completion.of(chunks, time.monotonic() - start)
 
-    def stream(self, prompt: str, **options: Unpack[Options]) -> AsyncIterator[Chunk]:
+    def stream(self, prompt: str, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
         """The answer as it comes; raises as `Client.stream` does."""
         return self._request(prompt, True, options)
 
-    async def _request(self, prompt: str, stream: bool, options: Options) -> AsyncIterator[Chunk]:
-        responses = Responses(self.url)
-        inputs = request_inputs(prompt, stream=stream, options=options)
+    async def close(self) -> None:
+        """Closes the connection; running requests are cancelled."""
+        await self._channel.close()
 
-        async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {
-                "model_name": self.model,
-                "inputs": inputs,
-                "enable_empty_final_response": True,
-            }
+    async def __aenter__(self) -> Self:
+        return self
 
-        async with triton_aio.InferenceServerClient(self.url) as client:
-            arrived = client.stream_infer(requests(), stream_timeout=self.timeout)
-            try:
-                while not responses.ended:
-                    try:
-                        result, error = await anext(arrived)
-                    except InferenceServerException as failure:
-                        result, error = None, failure
-                    chunk = responses.read(result, error)
-                    if chunk is not None:
-                        yield chunk
-            finally:
-                arrived.cancel()
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _request(
+        self, prompt: str, stream: bool, options: Options
+    ) -> AsyncGenerator[Chunk, None]:
+        exchange = Exchange(self.url, self.model, prompt, stream, options)
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        call = stub.ModelStreamInfer(iter([exchange.request]), timeout=self.timeout)
+        try:
+            async for message in call:
+                if (chunk := exchange.read(message)) is not None:
+                    yield chunk
+            exchange.check_ended()
+        except grpc.RpcError as error:
+            raise exchange.explain(error) from error
+        finally:
+            call.cancel()

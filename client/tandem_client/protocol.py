@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-import numpy as np
-from tritonclient.grpc import InferInput
-from tritonclient.utils import InferenceServerException
+import grpc  # type: ignore[import-untyped]
+from tritonclient.grpc import InferResult, service_pb2
 
 from tandem_client.errors import (
     RequestError,
@@ -114,69 +113,94 @@ class Completion:
         return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
 
 
-def request_inputs(prompt: str, *, stream: bool, options: Options) -> list[InferInput]:
-    """The input tensors of one request, each of shape `[1, 1]`."""
-    sampling = {name: value for name, value in options.items() if value is not None}
-    return [
-        _tensor("text_input", "BYTES", prompt.encode()),
-        _tensor("stream", "BOOL", stream),
-        _tensor("sampling_parameters", "BYTES", json.dumps(sampling).encode()),
-    ]
+class Exchange:
+    """One request and the reading of its responses, in whatever way they travel.
 
+    Args:
+        url: the server's address, for error messages.
 
-def _tensor(name: str, kind: str, value: bytes | bool) -> InferInput:
-    tensor = InferInput(name, [1, 1], kind)
-    tensor.set_data_from_numpy(np.array([[value]], dtype=bool if kind == "BOOL" else np.object_))
-    return tensor
+    Raises:
+        RequestError: the prompt has characters that UTF-8 can't hold.
+    """
 
-
-class Responses:
-    """Reads one request's responses, in whatever way they arrive."""
-
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, model: str, prompt: str, stream: bool, options: Options) -> None:
         self._url = url
-        self.ended = False
+        self._answered = self._ended = False
+        self.request = make_request(model, prompt, stream=stream, options=options)
 
-    def read(self, result: Any, error: InferenceServerException | None) -> Chunk | None:
+    def read(self, message: Any) -> Chunk | None:
         """One response's chunk; None for one that only marks the end.
 
         Raises:
-            TandemClientError: the server is away, or the request failed.
+            RequestError: the server refused or failed the request.
         """
-        if error is not None:
-            self.ended = True
-            raise client_error(error, self._url)
-        final = result.get_response().parameters.get("triton_final_response")
-        self.ended = final is not None and final.bool_param
-        if result.as_numpy("text_output") is None:
-            return None
+        self._answered = True
+        if message.error_message:
+            raise RequestError(message.error_message)
+        response = message.infer_response
+        # Reading an absent key of the map would add it.
+        if "triton_final_response" in response.parameters:
+            self._ended = response.parameters["triton_final_response"].bool_param
+        return read_chunk(InferResult(response)) if response.outputs else None
 
-        def text(name: str) -> str:
-            value: bytes = result.as_numpy(name)[0][0]
-            return value.decode()
+    def check_ended(self) -> None:
+        """Raises ServerUnavailableError if the stream ended before its last response."""
+        if not self._ended:
+            raise ServerUnavailableError(f"{self._url} ended the answer before it was complete")
 
-        def count(name: str) -> int:
-            return int(result.as_numpy(name)[0][0])
-
-        return Chunk(
-            text=text("text_output"),
-            accepted_text_length=count("accepted_text_length"),
-            finish_reason=text("finish_reason") or None,
-            num_input_tokens=count("num_input_tokens"),
-            num_output_tokens=count("num_output_tokens"),
-            num_drafts=count("num_drafts"),
-            num_draft_tokens=count("num_draft_tokens"),
-            num_accepted_tokens=count("num_accepted_tokens"),
-        )
-
-
-def client_error(error: InferenceServerException, url: str) -> TandemClientError:
-    """What a user can do something about, from what tritonclient reports."""
-    status = str(error.status() or "")
-    if "DEADLINE_EXCEEDED" in status:
-        return RequestTimeoutError("the answer was not complete in time")
-    if "UNAVAILABLE" in status:
+    def explain(self, error: grpc.RpcError) -> TandemClientError:
+        """What a user can do something about, from an error of the connection."""
+        code, details = error.code(), error.details()
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return RequestTimeoutError("the answer was not complete in time")
+        if code is not grpc.StatusCode.UNAVAILABLE:
+            return RequestError(f"{code.name}: {details}")
+        if self._answered:
+            return ServerUnavailableError(f"lost the connection to {self._url}: {details}")
         return ServerUnavailableError(
-            f"no server answers at {url}: start one with `make serve`, or give its address"
+            f"no server answers at {self._url}: start one with `make serve`, or give the address "
+            "of its gRPC service"
         )
-    return RequestError(str(error.message()))
+
+
+def make_request(model: str, prompt: str, *, stream: bool, options: Options) -> Any:
+    """The message for one request, each of its tensors of shape `[1, 1]`.
+
+    Raises:
+        RequestError: the prompt has characters that UTF-8 can't hold.
+    """
+    try:
+        text = prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not valid UTF-8: {error}") from error
+    sampling = {name: value for name, value in options.items() if value is not None}
+    request = service_pb2.ModelInferRequest(model_name=model)
+    request.parameters["triton_enable_empty_final_response"].bool_param = True
+    for name, value in (("text_input", text), ("sampling_parameters", json.dumps(sampling))):
+        tensor = request.inputs.add(name=name, datatype="BYTES", shape=[1, 1])
+        tensor.contents.bytes_contents.append(value if isinstance(value, bytes) else value.encode())
+    tensor = request.inputs.add(name="stream", datatype="BOOL", shape=[1, 1])
+    tensor.contents.bool_contents.append(stream)
+    return request
+
+
+def read_chunk(result: InferResult) -> Chunk:
+    """The chunk that a response's tensors hold."""
+
+    def text(name: str) -> str:
+        value: bytes = result.as_numpy(name)[0][0]
+        return value.decode()
+
+    def count(name: str) -> int:
+        return int(result.as_numpy(name)[0][0])
+
+    return Chunk(
+        text=text("text_output"),
+        accepted_text_length=count("accepted_text_length"),
+        finish_reason=text("finish_reason") or None,
+        num_input_tokens=count("num_input_tokens"),
+        num_output_tokens=count("num_output_tokens"),
+        num_drafts=count("num_drafts"),
+        num_draft_tokens=count("num_draft_tokens"),
+        num_accepted_tokens=count("num_accepted_tokens"),
+    )

@@ -1,0 +1,173 @@
+"""The client and its command against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from stream import metric, wait_until
+
+import tandem_client
+from tandem_client import AsyncClient, Client, Options, RequestError, RequestTimeoutError
+from tandem_client.cli import main
+from triton_server import TritonServer
+
+pytestmark = pytest.mark.server
+
+GREEDY: Options = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+# More than any test waits for.
+ENDLESS: Options = {"max_tokens": 15000, "ignore_eos": True}
+PROMPT = "abcabcabcabc"
+
+
+@pytest.fixture(scope="module")
+def client(server: TritonServer) -> Client:
+    return Client(server.grpc_url)
+
+
+def is_idle(server: TritonServer) -> bool:
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_blocks_used")
+    return all(metric(server, name) == 0 for name in names)
+
+
+def test_all_ways_give_the_same_answer(server: TritonServer, client: Client) -> None:
+    async def both() -> tuple[str, str]:
+        async with AsyncClient(server.grpc_url) as other:
+            chunks = [chunk.text async for chunk in other.stream(PROMPT, **GREEDY)]
+            return (await other.generate(PROMPT, **GREEDY)).text, "".join(chunks)
+
+    completion = client.generate(PROMPT, **GREEDY)
+    chunks = list(client.stream(PROMPT, **GREEDY))
+    assert len(chunks) > 1
+    assert "".join(chunk.text for chunk in chunks) == completion.text
+    assert sum(chunk.num_output_tokens for chunk in chunks) == completion.num_output_tokens == 40
+    assert completion.finish_reason == chunks[-1].finish_reason == "length"
+    assert completion.num_input_tokens == len(PROMPT)
+    assert asyncio.run(both()) == (completion.text, completion.text)
+    assert tandem_client.generate(PROMPT, url=server.grpc_url, **GREEDY).text == completion.text
+    streamed = tandem_client.stream(PROMPT, url=server.grpc_url, **GREEDY)
+    assert "".join(chunk.text for chunk in streamed) == completion.text
+
+
+def test_one_client_serves_many_threads(client: Client) -> None:
+    expected = client.generate(PROMPT, **GREEDY).text
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(client.generate, PROMPT, **GREEDY) for _ in range(16)]
+        assert {future.result().text for future in futures} == {expected}
+
+
+def test_the_drafter_is_the_requests_choice(client: Client) -> None:
+    plain = client.generate(PROMPT, drafter="none", **GREEDY)
+    assert plain.acceptance_rate is None
+    assert plain.text == client.generate(PROMPT, **GREEDY).text
+
+
+def test_a_refused_request_says_why(server: TritonServer, client: Client) -> None:
+    async def refused() -> None:
+        async with AsyncClient(server.grpc_url) as other:
+            await other.generate("x", drafter="eagle")
+
+    with pytest.raises(RequestError, match="top_p must be"):
+        client.generate("x", top_p=3.0)
+    with pytest.raises(RequestError, match="eagle"):
+        asyncio.run(refused())
+    with pytest.raises(RequestError, match="unknown model"):
+        Client(server.grpc_url, "nothing").generate("x")
+
+
+def test_a_late_answer_is_cancelled(server: TritonServer) -> None:
+    async def late() -> None:
+        async with AsyncClient(server.grpc_url, timeout=0.3) as other:
+            await other.generate("x", **ENDLESS)
+
+    with pytest.raises(RequestTimeoutError):
+        Client(server.grpc_url, timeout=0.3).generate("x", **ENDLESS)
+    with pytest.raises(RequestTimeoutError):
+        asyncio.run(late())
+    wait_until(lambda: is_idle(server))
+
+
+def test_leaving_the_loop_cancels_the_request(server: TritonServer, client: Client) -> None:
+    for _ in client.stream("x", **ENDLESS):
+        break
+    num_threads = threading.active_count()
+    for _ in range(5):
+        for _ in client.stream("x", **ENDLESS):
+            break
+    wait_until(lambda: is_idle(server))
+    # Each cancelled request once left a thread behind.
+    wait_until(lambda: threading.active_count() <= num_threads)
+
+
+def test_leaving_an_async_loop_cancels_the_request(server: TritonServer) -> None:
+    async def leave() -> None:
+        async with AsyncClient(server.grpc_url) as other:
+            async for _ in other.stream("x", **ENDLESS):
+                break
+            # The connection stays open.
+            await asyncio.to_thread(wait_until, lambda: is_idle(server))
+
+    asyncio.run(leave())
+
+
+def test_the_command_prints_the_text_and_then_the_figures(
+    server: TritonServer, client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: Options = {"temperature": 0.0, "max_tokens": 40}
+    arguments = ["generate", PROMPT, "--url", server.grpc_url]
+    arguments += ["--temperature", "0", "--max-tokens", "40"]
+    expected = client.generate(PROMPT, **options)
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out == expected.text
+    assert f"{expected.num_output_tokens} tokens" in captured.err
+    assert main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["text"] == expected.text
+    assert printed["acceptance_rate"] == expected.acceptance_rate
+
+
+def test_the_command_exits_with_1_when_refused(
+    server: TritonServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x", "--url", server.grpc_url, "--top-p", "3"]) == 1
+    assert "top_p must be" in capsys.readouterr().err
+
+
+def start_command(server: TritonServer) -> subprocess.Popen[bytes]:
+    """The command in the middle of an answer that takes seconds."""
+    arguments = ["generate", "x", "--url", server.grpc_url, "--max-tokens", "15000", "--seed", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tandem_client.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    return process
+
+
+def test_ctrl_c_cancels_the_request(server: TritonServer) -> None:
+    process = start_command(server)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert errors.decode().strip().startswith("cancelled")
+    wait_until(lambda: is_idle(server))
+
+
+def test_a_closed_pipe_ends_the_command_quietly(server: TritonServer) -> None:
+    process = start_command(server)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b""
+    assert process.wait(timeout=10) == 0
+    wait_until(lambda: is_idle(server))
