@@ -124,30 +124,6 @@ def _qwen_3() -> Qwen3Config:
     return Qwen3Config(**_COMMON, head_dim=8, num_hidden_layers=3, num_key_value_heads=2)
 
 
-def mend_assistants() -> None:
-    """Lets transformers 5.23.0 build Gemma 4 assistants, as the versions before and after it do.
-
-    It refuses layers that all reuse K/V from outside. What it gets here is what 5.24.0 answers;
-    a transformers that needs no help is left alone.
-    """
-    for config_class in (Gemma4TextConfig, Gemma4UnifiedTextConfig):
-        config = config_class(num_hidden_layers=2, num_kv_shared_layers=2)
-        try:
-            _ = config.kv_sharing_modes
-        except ValueError:
-            config_class.kv_sharing_modes = _with_all_shared(config_class.kv_sharing_modes)
-
-
-def _with_all_shared(modes: property) -> property:
-    def kv_sharing_modes(config: Any) -> list[str | None]:
-        if config.num_kv_shared_layers == config.num_hidden_layers:
-            return ["reuse"] * config.num_hidden_layers
-        shared: list[str | None] = modes.__get__(config)
-        return shared
-
-    return property(kv_sharing_modes)
-
-
 _VERIFIERS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma-3": lambda: Gemma3ForCausalLM(_gemma_3()),
     "gemma-4-E2B": lambda: Gemma4ForCausalLM(_gemma_4_e2b()),

@@ -89,7 +89,12 @@ class KVWriter:
         self._slots = slots  # [num_tokens]
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
         """Stores `[1, num_kv_heads, num_tokens, head_dim]` K and V of one layer."""
         keys, values = self._cache.layer(layer_idx)

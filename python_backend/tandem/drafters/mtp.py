@@ -89,6 +89,8 @@ class MTPDrafter(Drafter):
             attention_mask=dict.fromkeys(self.shared_kv_states),
             shared_kv_states=self.shared_kv_states,
             use_cache=False,
+            # A number, such as the default, would make Gemma 4 slice the row as one sequence.
+            logits_to_keep=None,
             packed=packed,
         )
         state: Tensor = output.last_hidden_state[0]
