@@ -152,13 +152,18 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        known = {None, self._pool, *map(_storage, args)}
         for tensor in output if isinstance(output, tuple) else (output,):
-            if isinstance(tensor, torch.Tensor):
-                pointer = tensor.untyped_storage().data_ptr()
-                if pointer != self._pool and pointer not in inputs:
-                    self.numel = max(self.numel, tensor.numel())
+            if _storage(tensor) not in known:
+                self.numel = max(self.numel, tensor.numel())
         return output
+
+
+def _storage(tensor: object) -> int | None:
+    """None for what isn't a plain tensor, such as a packed weight."""
+    if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+        return tensor.untyped_storage().data_ptr()
+    return None
 
 
 def test_the_pool_is_read_in_place(engines: Any) -> None:
