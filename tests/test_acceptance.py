@@ -1,0 +1,48 @@
+"""Sample and match, case by case."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.acceptance import match
+
+
+@pytest.mark.parametrize(
+    ("drafts", "verifier", "token_ids", "num_accepted"),
+    [
+        ([], [7], [7], 0),
+        ([7], [7, 8], [7, 8], 1),
+        ([6], [7, 8], [7], 0),
+        ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4], 3),
+        ([1, 2, 3], [1, 9, 3, 4], [1, 9], 1),
+        ([1, 2, 3], [9, 2, 3, 4], [9], 0),
+        ([1, 2, 3], [1, 2, 9, 4], [1, 2, 9], 2),
+    ],
+)
+def test_match_ends_with_the_first_token_that_differs(
+    drafts: list[int], verifier: list[int], token_ids: list[int], num_accepted: int
+) -> None:
+    verdict = match(drafts, verifier)
+    assert verdict.token_ids == token_ids
+    assert verdict.num_accepted == num_accepted
+
+
+@given(st.data())
+def test_match_returns_what_plain_decoding_would_say(data: st.DataObject) -> None:
+    """All tokens are the verifier's, one more than accepted, and each but the last was drafted."""
+    tokens = st.integers(0, 2)
+    drafts = data.draw(st.lists(tokens, max_size=8))
+    verifier = data.draw(
+        st.lists(tokens, min_size=len(drafts) + 1, max_size=len(drafts) + 1), label="verifier"
+    )
+    ids, accepted = match(drafts, verifier)
+    assert ids == verifier[: accepted + 1]
+    assert ids[:-1] == drafts[:accepted]
+    assert accepted == len(drafts) or drafts[accepted] != verifier[accepted]
+
+
+def test_match_needs_one_token_of_the_verifier_more() -> None:
+    with pytest.raises(AssertionError):
+        match([1, 2], [1, 2])

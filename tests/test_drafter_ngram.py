@@ -1,0 +1,89 @@
+"""The n-gram drafter against a scan of the whole text in each round."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem import SamplingParams, Sequence
+from tandem.drafters import DraftRequest
+from tandem.drafters.ngram import NgramDrafter
+
+
+def sequence(token_ids: list[int], number: int = 0) -> Sequence:
+    return Sequence(
+        id=number,
+        token_ids=list(token_ids),
+        num_prompt_tokens=1,
+        params=SamplingParams(),
+        seed=0,
+        drafter="ngram",
+        max_lookahead=8,
+    )
+
+
+def scan(text: list[int], min_size: int, max_size: int, count: int) -> list[int]:
+    """Copies what follows the last earlier occurrence of the longest suffix that has one."""
+    for size in range(min(max_size, len(text) - 1), min_size - 1, -1):
+        suffix = text[-size:]
+        for end in range(len(text) - 1, size - 1, -1):
+            if text[end - size : end] == suffix:
+                text = list(text)
+                start = len(text)
+                for offset in range(count):
+                    text.append(text[end + offset])
+                return text[start:]
+    return []
+
+
+@given(
+    rounds=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12),
+    sizes=st.tuples(st.integers(1, 3), st.integers(0, 3)),
+    count=st.integers(1, 8),
+)
+def test_guesses_equal_a_scan_of_the_whole_text(
+    rounds: list[list[int]], sizes: tuple[int, int], count: int
+) -> None:
+    """Also when the text has grown by several tokens since the round before."""
+    low, high = sizes[0], sizes[0] + sizes[1]
+    drafter = NgramDrafter(low, high)
+    growing = sequence([])
+    for tokens in rounds:
+        growing.token_ids += tokens
+        (guess,) = drafter.propose([DraftRequest(growing, count)])
+        assert guess == scan(growing.token_ids, low, high, count)
+
+
+def test_a_loop_goes_on_for_as_long_as_is_asked() -> None:
+    """The drafts themselves are read on, past the end of the text."""
+    (guess,) = NgramDrafter(1, 3).propose([DraftRequest(sequence([5, 6, 7, 5, 6, 7]), 8)])
+    assert guess == [5, 6, 7, 5, 6, 7, 5, 6]
+
+
+@pytest.mark.parametrize("text", [[5], [5, 6], [5, 6, 7, 8]])
+def test_nothing_is_guessed_for_a_new_suffix(text: list[int]) -> None:
+    assert NgramDrafter(1, 3).propose([DraftRequest(sequence(text), 4)]) == [[]]
+
+
+def test_the_latest_of_the_longest_matches_wins() -> None:
+    drafter = NgramDrafter(1, 2)
+    text = [1, 2, 3, 1, 2, 4, 2, 9, 1, 2]
+    assert drafter.propose([DraftRequest(sequence(text), 1)]) == [[4]]
+
+
+def test_sequences_do_not_mix() -> None:
+    """Each looks up in its own text, and a forgotten one starts anew."""
+    drafter = NgramDrafter(1, 2)
+    one, other = sequence([1, 2, 1], 1), sequence([1, 3, 1], 2)
+    requests = [DraftRequest(one, 1), DraftRequest(other, 1)]
+    assert drafter.propose(requests) == [[2], [3]]
+    drafter.forget(one)
+    successor = sequence([1, 4, 1], 1)
+    assert drafter.propose([DraftRequest(successor, 1), requests[1]]) == [[4], [3]]
+
+
+def test_proposing_leaves_the_text_alone() -> None:
+    one = sequence([1, 2, 1, 2])
+    NgramDrafter(1, 2).propose([DraftRequest(one, 8)])
+    assert one.token_ids == [1, 2, 1, 2]

@@ -1,0 +1,222 @@
+"""The scheduler under any order of arrivals, rejections, cancels and preemptions, without torch."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tandem import FinishReason, SamplingParams, Sequence
+from tandem.block_pool import BlockPool
+from tandem.scheduler import Scheduler
+from tandem.sequence import ScheduledSequence
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 24
+
+
+def sequence(num_prompt: int, max_tokens: int = 8, limit: int = 0, number: int = 0) -> Sequence:
+    return Sequence(
+        id=number,
+        token_ids=[9] * num_prompt,
+        num_prompt_tokens=num_prompt,
+        params=SamplingParams(max_tokens=max_tokens),
+        seed=0,
+        drafter="ngram",
+        max_lookahead=limit,
+    )
+
+
+def commit(scheduler: Scheduler, scheduled: ScheduledSequence, drafts: int, accepted: int) -> None:
+    """What the engine does after a pass, without a model."""
+    one = scheduled.sequence
+    yields = scheduled.yields_token
+    one.num_computed += scheduled.num_tokens
+    if yields:
+        for _ in range(min(drafts, accepted) + 1):
+            one.token_ids.append(9)
+            if (
+                one.num_output_tokens >= one.params.max_tokens
+                or one.num_tokens >= scheduler.max_model_len
+            ):
+                one.finish(FinishReason.LENGTH)
+                break
+        else:
+            one.num_computed += min(drafts, accepted)
+    if one.is_finished:
+        scheduler.remove(one)
+    else:
+        scheduler.pool.shrink(one, one.num_tokens)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A whole engine but for the model: drafts are accepted as the test pleases."""
+
+    @initialize(
+        num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 14),
+        max_num_seqs=st.integers(1, 5),
+        spare_tokens=st.integers(0, 10),
+    )
+    def start(self, num_blocks: int, max_num_seqs: int, spare_tokens: int) -> None:
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, BLOCK_SIZE),
+            max_num_seqs,
+            max_num_seqs + spare_tokens,
+            MAX_MODEL_LEN,
+        )
+        self.live: list[Sequence] = []
+        self.num_added = 0
+
+    @rule(
+        num_prompt=st.integers(1, MAX_MODEL_LEN - 1),
+        max_tokens=st.integers(1, 12),
+        limit=st.integers(0, 6),
+    )
+    def arrive(self, num_prompt: int, max_tokens: int, limit: int) -> None:
+        one = sequence(num_prompt, max_tokens, limit, self.num_added)
+        self.num_added += 1
+        self.scheduler.add(one)
+        self.live.append(one)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.live:
+            one = data.draw(st.sampled_from(self.live))
+            one.finish(FinishReason.CANCELLED)
+            self.scheduler.remove(one)
+            self.live.remove(one)
+
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        self.advance(lambda most: data.draw(st.integers(0, most)))
+
+    def advance(self, choose) -> None:
+        scheduler = self.scheduler
+        decoding = [one for one in scheduler.running if one.is_decoding]
+        had_work = scheduler.has_work
+        batch = scheduler.schedule()
+        self.check_batch(batch, decoding)
+        assert bool(batch) == had_work
+        for scheduled in batch:
+            drafts = choose(scheduled.num_draft_tokens)
+            commit(scheduler, scheduled, drafts, choose(drafts))
+        self.live = [one for one in self.live if not one.is_finished]
+
+    def check_batch(self, batch: list[ScheduledSequence], decoding: list[Sequence]) -> None:
+        scheduler = self.scheduler
+        scheduled = [one.sequence for one in batch]
+        assert len(set(scheduled)) == len(scheduled)
+        assert set(scheduled) <= set(scheduler.running)
+        assert sum(b.num_tokens + b.num_draft_tokens for b in batch) <= (
+            scheduler.max_num_batched_tokens
+        )
+        for one in decoding:
+            assert one in scheduled or one in scheduler.waiting
+        for one in batch:
+            assert one.num_tokens >= 1
+            last = one.sequence.num_computed + one.num_tokens + one.num_draft_tokens
+            assert last <= len(one.sequence.block_table) * BLOCK_SIZE
+            assert one.num_draft_tokens == 0 or one.yields_token
+            remaining = one.sequence.params.max_tokens - one.sequence.num_output_tokens
+            assert one.num_draft_tokens <= max(0, remaining - 1)
+        # The oldest runs on, whatever happens to those behind it.
+        if scheduler.running and scheduler.running[0].is_decoding:
+            assert scheduler.running[0] in scheduled
+
+    @invariant()
+    def the_pool_is_intact(self) -> None:
+        self.scheduler.check_integrity()
+        assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+        queued = [*self.scheduler.running, *self.scheduler.waiting]
+        assert sorted(one.id for one in queued) == sorted(one.id for one in self.live)
+        assert all(not one.block_table for one in self.scheduler.waiting)
+
+    def teardown(self) -> None:
+        """Everything ends, and nothing is left in the pool."""
+        if not hasattr(self, "scheduler"):
+            return
+        # Each output token may cost its sequence's whole prefill anew, one token a step.
+        limit = sum(one.params.max_tokens for one in self.live) * MAX_MODEL_LEN + 1
+        for _ in range(limit):
+            if not self.scheduler.has_work:
+                break
+            self.advance(lambda most: 0)
+        assert not self.scheduler.has_work
+        assert self.scheduler.pool.num_used == 0
+        self.scheduler.check_integrity()
+
+
+TestScheduler = SchedulerMachine.TestCase
+
+
+def test_drafts_go_before_a_sequence_is_preempted() -> None:
+    """A sequence that can't have blocks for its drafts decodes without them."""
+    scheduler = Scheduler(BlockPool(2, BLOCK_SIZE), 2, 32, MAX_MODEL_LEN)
+    first, second = sequence(3, 8, 4), sequence(3, 8, 4, 1)
+    scheduler.add(first)
+    scheduler.add(second)
+    for scheduled in scheduler.schedule():
+        commit(scheduler, scheduled, 0, 0)
+    batch = scheduler.schedule()
+    assert [one.sequence for one in batch] == [first, second]
+    assert [one.num_draft_tokens for one in batch] == [0, 0]
+    assert scheduler.num_preemptions == 0
+
+
+def test_the_youngest_is_preempted_and_resumes_first() -> None:
+    """It goes to the head of the queue, before those that never ran."""
+    scheduler = Scheduler(BlockPool(2, BLOCK_SIZE), 2, 32, 8)
+    first, second, third = (sequence(4, 8, 0, number) for number in range(3))
+    for one in (first, second, third):
+        scheduler.add(one)
+    for scheduled in scheduler.schedule():
+        commit(scheduler, scheduled, 0, 0)
+    batch = scheduler.schedule()
+    assert [one.sequence for one in batch] == [first]
+    assert scheduler.num_preemptions == 1
+    assert list(scheduler.waiting) == [second, third]
+    assert second.num_computed == 0
+    assert second.num_output_tokens == 1
+
+
+def test_decoding_goes_before_a_long_prompt() -> None:
+    """The prompt gets what decoding leaves, chunk by chunk."""
+    scheduler = Scheduler(BlockPool(20, BLOCK_SIZE), 4, 8, 64)
+    decoding, prompt = sequence(2, 30, 3), sequence(20, 8, 0, 1)
+    scheduler.add(decoding)
+    for scheduled in scheduler.schedule():
+        commit(scheduler, scheduled, 0, 0)
+    scheduler.add(prompt)
+    chunks = []
+    while not prompt.num_output_tokens:
+        batch = {one.sequence: one for one in scheduler.schedule()}
+        assert batch[decoding].num_draft_tokens == 3
+        chunks.append(batch[prompt].num_tokens)
+        for scheduled in batch.values():
+            commit(scheduler, scheduled, 0, 0)
+    assert chunks == [4, 4, 4, 4, 4]
+
+
+def test_decoding_sequences_each_keep_a_token_of_the_budget() -> None:
+    """Drafts of the first never push the last one out of the step."""
+    scheduler = Scheduler(BlockPool(40, BLOCK_SIZE), 4, 6, 64)
+    sequences = [sequence(1, 30, 6, number) for number in range(4)]
+    for one in sequences:
+        scheduler.add(one)
+    for scheduled in scheduler.schedule():
+        commit(scheduler, scheduled, 0, 0)
+    batch = scheduler.schedule()
+    assert [one.sequence for one in batch] == sequences
+    assert [one.num_draft_tokens for one in batch] == [2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("where", ["waiting", "running"])
+def test_removing_frees_the_blocks(where: str) -> None:
+    scheduler = Scheduler(BlockPool(4, BLOCK_SIZE), 1, 8, 16)
+    first, second = sequence(4), sequence(4, number=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.schedule()
+    scheduler.remove(first if where == "running" else second)
+    scheduler.check_integrity()
+    assert scheduler.pool.num_used == (0 if where == "running" else 1)
