@@ -15,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 ATTENTION = "tandem"
+# What transformers passes for soft-capped scores and for attention sinks.
+_UNSUPPORTED = ("softcap", "s_aux")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,9 @@ def paged_attention(
     Returns:
         `[1, num_tokens, num_heads, head_dim]`, and None in place of the weights.
     """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"its attention uses {name}, which the paged attention lacks")
     _, num_heads, num_tokens, head_dim = query.shape
     num_kv_heads = key.shape[1]
     num_groups = num_heads // num_kv_heads

@@ -68,8 +68,10 @@ class DrafterConfig:
             raise ConfigError(
                 f"{where}: unknown type {self.type!r}; known: {', '.join(DRAFTER_TYPES)}"
             )
-        if self.type == "mtp" and not self.model:
-            raise ConfigError(f"{where}: type 'mtp' needs 'model', a directory or hub id")
+        if self.type == "mtp" and not (isinstance(self.model, str) and self.model):
+            raise ConfigError(
+                f"{where}: type 'mtp' needs 'model', a directory or hub id, got {self.model!r}"
+            )
         _check_int(where, "num_speculative_tokens", self.num_speculative_tokens, 1, 64)
         _check_int(where, "min_ngram_size", self.min_ngram_size, 1)
         _check_int(where, "max_ngram_size", self.max_ngram_size, self.min_ngram_size)
