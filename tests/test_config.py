@@ -1,0 +1,185 @@
+"""Configuration: every bad value is refused by name, with what is allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem import ConfigError, EngineConfig, InvalidRequestError, SamplingParams
+
+
+def write(directory: Path, **values: Any) -> Path:
+    path = directory / "model.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_defaults_decode_plainly() -> None:
+    config = EngineConfig(verifier="model")
+    assert config.drafter_name == "none"
+    assert config.drafter_configs == {}
+
+
+def test_the_first_drafter_is_the_default() -> None:
+    drafters: dict[str, Any] = {"ngram": {}, "other": {"type": "ngram"}}
+    assert EngineConfig(verifier="model", drafters=drafters).drafter_name == "ngram"
+    config = EngineConfig(verifier="model", drafters=drafters, default_drafter="none")
+    assert config.drafter_name == "none"
+
+
+def test_a_drafters_type_is_its_name_unless_given() -> None:
+    config = EngineConfig(
+        verifier="model",
+        drafters={"ngram": {"max_ngram_size": 7}, "assistant": {"type": "mtp", "model": "a"}},
+    )
+    assert config.drafter_configs["ngram"].type == "ngram"
+    assert config.drafter_configs["ngram"].max_ngram_size == 7
+    assert config.drafter_configs["assistant"].type == "mtp"
+    assert config.drafter_configs["assistant"].num_speculative_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verifier": ""}, "verifier"),
+        ({"verifier": 3}, "verifier"),
+        ({"dtype": "int8"}, r"unknown dtype 'int8'; known: auto, bfloat16"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number at least 1, got 0"),
+        ({"max_num_seqs": True}, "max_num_seqs .* got True"),
+        ({"max_num_seqs": 2.0}, r"max_num_seqs .* got 2\.0"),
+        ({"block_size": 0}, "block_size"),
+        ({"max_num_seqs": 20, "max_num_batched_tokens": 19}, "max_num_batched_tokens .* 20"),
+        ({"max_model_len": 1}, "max_model_len"),
+        ({"kv_cache_tokens": "many"}, "kv_cache_tokens .* 'many'"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization .* got 0"),
+        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization"),
+        ({"drafters": ["ngram"]}, "drafters must map names to settings"),
+        ({"drafters": {"ngram": 4}}, r"drafters\.ngram: settings must be an object, got 4"),
+        ({"default_drafter": "mtp"}, "default_drafter 'mtp' .* choose from none"),
+    ],
+)
+def test_a_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**{"verifier": "model", **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("none", {"type": "ngram"}, "taken by plain decoding"),
+        ("eagle", {}, r"drafters\.eagle: unknown type 'eagle'; known: mtp, ngram"),
+        ("mtp", {}, "needs 'model'"),
+        ("mtp", {"model": 5}, "needs 'model', a directory or hub id, got 5"),
+        ("ngram", {"name": "x"}, "leave 'name' out"),
+        ("ngram", {"num_speculative_tokens": 0}, "num_speculative_tokens .* from 1 to 64, got 0"),
+        ("ngram", {"num_speculative_tokens": 65}, "num_speculative_tokens"),
+        ("ngram", {"num_speculative_tokens": "4"}, "num_speculative_tokens"),
+        ("ngram", {"min_ngram_size": 0}, "min_ngram_size"),
+        ("ngram", {"min_ngram_size": 3, "max_ngram_size": 2}, "max_ngram_size .* at least 3"),
+        ("ngram", {"k": 4}, "unknown key 'k'; allowed: .*num_speculative_tokens"),
+    ],
+)
+def test_a_bad_drafter_is_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(verifier="model", drafters={name: settings})
+
+
+def test_an_unknown_key_is_refused_with_the_allowed_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'speculate'; allowed: verifier, dtype, "):
+        EngineConfig.from_json(write(tmp_path, verifier="model", speculate=True))
+
+
+def test_a_missing_verifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'verifier' is required"):
+        EngineConfig.from_json(write(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"model"', "\ufeff{}"])
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"model\.json"):
+        EngineConfig.from_json(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.json"):
+        EngineConfig.from_json(tmp_path / "nowhere.json")
+
+
+def test_relative_paths_are_relative_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What doesn't exist there stays as it is: it may be a hub id."""
+    (tmp_path / "verifier").mkdir()
+    version = tmp_path / "model" / "1"
+    version.mkdir(parents=True)
+    (version / "assistant").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = write(
+        version,
+        verifier="../../verifier",
+        drafters={
+            "mtp": {"model": "assistant"},
+            "hub": {"type": "mtp", "model": "someone/assistant"},
+            "ngram": {},
+        },
+    )
+    config = EngineConfig.from_json(path)
+    assert config.verifier == str((tmp_path / "verifier").resolve())
+    assert config.drafter_configs["mtp"].model == str((version / "assistant").resolve())
+    assert config.drafter_configs["hub"].model == "someone/assistant"
+    assert config.drafter_configs["ngram"].model is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be a whole number from 1 .* got 0"),
+        ({"max_tokens": 1.5}, r"max_tokens .* got 1\.5"),
+        ({"max_tokens": True}, "max_tokens .* got True"),
+        ({"temperature": -0.1}, r"temperature must be a number from 0 to 100, got -0\.1"),
+        ({"temperature": float("nan")}, "temperature .* got nan"),
+        ({"temperature": "hot"}, "temperature .* got 'hot'"),
+        ({"top_k": -1}, "top_k .* got -1"),
+        ({"top_k": 2.0}, r"top_k .* got 2\.0"),
+        ({"top_p": 0}, "top_p must be above 0"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"min_p": -1}, "min_p"),
+        ({"min_p": 2}, "min_p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 1.0}, "seed"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false, got 1"),
+    ],
+)
+def test_a_bad_sampling_parameter_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0},
+        {"temperature": 100},
+        {"top_p": 1},
+        {"min_p": 1.0},
+        {"seed": 2**64 - 1},
+        {"seed": 0},
+        {"top_k": 10**9},
+    ],
+)
+def test_the_limits_themselves_are_allowed(changes: dict[str, Any]) -> None:
+    SamplingParams(**changes)
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert SamplingParams(temperature=0).is_greedy
+    assert SamplingParams(temperature=1e-6).is_greedy
+    assert not SamplingParams(temperature=1e-4).is_greedy
