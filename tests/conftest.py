@@ -2,83 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from tandem import Engine, EngineConfig
-from tiny_models import load_reference, save_assistant, save_verifier
+from tiny_engines import Engines, TinyModels
 
 # Tiny products gain nothing from a second thread.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 settings.register_profile("tandem", deadline=None, derandomize=True, database=None)
 settings.load_profile("tandem")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MAX_LOOKAHEAD = 8
-
-
-class TinyModels:
-    """Checkpoints by name; each is made when it is first asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        self.verifier: Callable[[str], Path] = cache(lambda name: save_verifier(name, directory))
-        self.assistant: Callable[[str], Path] = cache(lambda name: save_assistant(name, directory))
-        self.reference: Callable[[str], PreTrainedModel] = cache(
-            lambda name: load_reference(self.verifier(name)).to(DEVICE)
-        )
-
-
-class Engines:
-    """Engines that tests share: one for each verifier and set of settings."""
-
-    def __init__(self, tiny: TinyModels) -> None:
-        self._tiny = tiny
-        self._loaded: dict[str, Engine] = {}
-
-    def __call__(self, name: str, *, mtp: bool = False, **settings: Any) -> Engine:
-        """An engine with an n-gram drafter and, if `mtp`, the verifier's tiny assistant."""
-        key = json.dumps([name, mtp, settings])
-        if key not in self._loaded:
-            drafters: dict[str, Any] = {
-                "ngram": {"num_speculative_tokens": MAX_LOOKAHEAD, "min_ngram_size": 1}
-            }
-            if mtp:
-                assistant = str(self._tiny.assistant(name))
-                drafters["mtp"] = {"model": assistant, "num_speculative_tokens": MAX_LOOKAHEAD}
-            values = {
-                "verifier": str(self._tiny.verifier(name)),
-                "dtype": "float32",
-                "drafters": drafters,
-                "max_num_seqs": 8,
-                "max_num_batched_tokens": 256,
-                "max_model_len": 256,
-                "block_size": 4,
-                "kv_cache_tokens": 8192,
-                **settings,
-            }
-            self._loaded[key] = Engine(EngineConfig(**values))
-        return self._loaded[key]
-
-    def check_idle(self) -> None:
-        """No engine has work or blocks in use; one that has is not used again."""
-        for key, engine in list(self._loaded.items()):
-            try:
-                engine.check_integrity()
-                assert not engine.has_work
-                assert engine.load.num_blocks_used == 0
-            except AssertionError:
-                del self._loaded[key]
-                raise
 
 
 @pytest.fixture(scope="session")

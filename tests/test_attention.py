@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import DEVICE
 from tandem.attention import PackedBatch, Span, paged_attention
+from tiny_engines import DEVICE
 
 BLOCK_SIZE, NUM_BLOCKS, HEAD_DIM = 4, 40, 8
 SCALING = 0.3

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
-from conftest import TinyModels
 from doubles import prompt_of
 from tandem import DrafterMismatchError, Engine, EngineConfig, SamplingParams
 from tandem.drafters import DraftRequest
+from tiny_engines import TinyModels
 from tiny_models import ASSISTANTS, WINDOW, save_assistant
 
 LOOKAHEAD = 4

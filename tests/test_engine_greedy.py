@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from conftest import TinyModels
 from tandem import Engine, SamplingParams
+from tiny_engines import TinyModels
 from tiny_models import VERIFIERS, WINDOW
 
 NUM_TOKENS = 64

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import MAX_LOOKAHEAD
 from doubles import HalfDrafter, OracleDrafter, WrongDrafter, finish, plain, prompt_of, run
 from tandem import Engine, FinishReason, SamplingParams
+from tiny_engines import MAX_LOOKAHEAD
 from tiny_models import ASSISTANTS
 
 NUM_TOKENS = 24

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from conftest import TinyModels
 from doubles import prompt_of, run
 from tandem import (
     ConfigError,
@@ -21,6 +20,7 @@ from tandem import (
     UnsupportedModelError,
     VerifierOutputError,
 )
+from tiny_engines import TinyModels
 from tiny_models import save_assistant, save_model, save_verifier
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)

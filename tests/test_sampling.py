@@ -14,10 +14,10 @@ from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation import TopPLogitsWarper
 
-from conftest import TinyModels
 from doubles import prompt_of, run
 from tandem import SamplingParams
 from tandem.sampling import MAX_GUMBEL, Draw, gumbel, sample, splitmix64
+from tiny_engines import TinyModels
 
 MASK = 2**64 - 1
 
