@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
-from doubles import prompt_of
+from doubles import plain, prompt_of, run
 from tandem import DrafterMismatchError, Engine, EngineConfig, SamplingParams
 from tandem.drafters import DraftRequest
+from tandem.sampling import Draw, sample
 from tiny_engines import TinyModels
 from tiny_models import ASSISTANTS, WINDOW, save_assistant
 
@@ -56,7 +58,11 @@ def record(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Round]:
 
 @torch.no_grad()
 def guesses_on_committed(
-    verifier: PreTrainedModel, assistant: PreTrainedModel, token_ids: list[int]
+    verifier: PreTrainedModel,
+    assistant: PreTrainedModel,
+    token_ids: list[int],
+    choose: Callable[[torch.Tensor, int], torch.Tensor] = lambda logits, _: logits.argmax(dim=-1),
+    num_guesses: int = LOOKAHEAD,
 ) -> list[int]:
     """The assistant's guesses when it is fed the states of the committed tokens alone."""
     ids = torch.tensor([token_ids], device=verifier.device)
@@ -70,14 +76,14 @@ def guesses_on_committed(
     assert all(keys.shape[2] == len(token_ids) - 1 for keys, _ in shared.values())
     hidden, token = output.hidden_states[-1][:, -1:], ids[:, -1:]
     drafts = []
-    for _ in range(LOOKAHEAD):
+    for step in range(num_guesses):
         embedding = verifier.get_input_embeddings()(token)
         guess = assistant(
             inputs_embeds=torch.cat([embedding, hidden], dim=-1),
             position_ids=torch.tensor([[len(token_ids) - 1]], device=verifier.device),
             shared_kv_states=shared,
         )
-        token, hidden = guess.logits.argmax(dim=-1), guess.last_hidden_state
+        token, hidden = choose(guess.logits, step), guess.last_hidden_state
         drafts.append(int(token))
     return drafts
 
@@ -140,6 +146,71 @@ def test_guesses_equal_those_of_the_candidate_generator(
     assert len(long_enough) >= 10
     for one in long_enough:
         assert one.draft_ids == guesses_of_generator(verifier, assistant, one.token_ids)
+
+
+@pytest.mark.parametrize("num_right", [2, LOOKAHEAD])
+@pytest.mark.parametrize("name", ASSISTANTS)
+def test_guesses_start_from_the_last_accepted_token(
+    engines: Any, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, name: str, num_right: int
+) -> None:
+    """Two drafts or all accepted, which those of a random assistant hardly ever are."""
+    engine = engines(name, mtp=True)
+    verifier, assistant = load(tiny, name)
+    prompts = [prompt_of(WINDOW - 5), prompt_of(WINDOW + 4)]
+    texts = dict(enumerate(plain(engine, [(p, GREEDY) for p in prompts])))
+    propose = engine.drafters["mtp"].propose
+    rounds: list[tuple[list[int], list[int]]] = []
+
+    def replace_drafts(requests: Sequence[DraftRequest]) -> list[list[int]]:
+        drafts = []
+        for (sequence, num_tokens), guesses in zip(requests, propose(requests), strict=True):
+            if num_tokens == LOOKAHEAD:
+                rounds.append((list(sequence.token_ids), guesses))
+            start = sequence.num_output_tokens
+            right = texts[sequence.seed][start : start + num_tokens]
+            drafts.append(right[:num_right] + [token ^ 1 for token in right[num_right:]])
+        return drafts
+
+    monkeypatch.setattr(engine.drafters["mtp"], "propose", replace_drafts)
+    sequences = [
+        engine.make_sequence(
+            prompt, replace(GREEDY, seed=i), drafter="mtp", num_speculative_tokens=LOOKAHEAD
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    run(engine, sequences)
+    assert [sequence.output_ids for sequence in sequences] == list(texts.values())
+    assert len(rounds) >= 10
+    for token_ids, guesses in rounds:
+        assert guesses == guesses_on_committed(verifier, assistant, token_ids)
+
+
+def test_guesses_share_the_verifiers_noise(
+    engines: Any, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first guess is the assistant's logits under the noise of the position it stands for."""
+    name = "gemma-4-31B"
+    engine = engines(name, mtp=True)
+    verifier, assistant = load(tiny, name)
+    params = replace(GREEDY, temperature=1.3, seed=5)
+    propose = engine.drafters["mtp"].propose
+    rounds: list[tuple[list[int], list[int]]] = []
+
+    def keep(requests: Sequence[DraftRequest]) -> list[list[int]]:
+        drafts = propose(requests)
+        rounds.append((list(requests[0].sequence.token_ids), drafts[0]))
+        return drafts
+
+    monkeypatch.setattr(engine.drafters["mtp"], "propose", keep)
+    run(engine, [engine.make_sequence(prompt_of(9), params, drafter="mtp")])
+    assert len(rounds) >= 10
+    for token_ids, guesses in rounds:
+
+        def choose(logits: torch.Tensor, step: int, first: int = len(token_ids)) -> torch.Tensor:
+            return sample(logits[0], [Draw(params, 5, first + step)])[None]
+
+        expected = guesses_on_committed(verifier, assistant, token_ids, choose, len(guesses))
+        assert guesses == expected
 
 
 class _Largest(TorchDispatchMode):

@@ -73,14 +73,18 @@ def test_the_latest_of_the_longest_matches_wins() -> None:
 
 
 def test_sequences_do_not_mix() -> None:
-    """Each looks up in its own text, and a forgotten one starts anew."""
+    """Each looks up in its own text."""
     drafter = NgramDrafter(1, 2)
     one, other = sequence([1, 2, 1], 1), sequence([1, 3, 1], 2)
     requests = [DraftRequest(one, 1), DraftRequest(other, 1)]
     assert drafter.propose(requests) == [[2], [3]]
-    drafter.forget(one)
-    successor = sequence([1, 4, 1], 1)
-    assert drafter.propose([DraftRequest(successor, 1), requests[1]]) == [[4], [3]]
+
+
+def test_a_forgotten_sequence_leaves_nothing_to_its_successor() -> None:
+    drafter = NgramDrafter(1, 2)
+    drafter.propose([DraftRequest(sequence([5, 6, 7, 1, 2, 1]), 1)])
+    drafter.forget(sequence([]))
+    assert drafter.propose([DraftRequest(sequence([1, 9, 8, 7, 6, 1]), 1)]) == [[9]]
 
 
 def test_proposing_leaves_the_text_alone() -> None:

@@ -146,6 +146,41 @@ def test_preemption_changes_no_token(
         assert sequence.output_ids == expected[sequence.seed]
 
 
+def test_an_end_of_sequence_among_accepted_drafts_ends_the_text(
+    engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts behind it match too, but are neither output nor counted."""
+    engine = engines("llama", **WIDE)
+    expected = outputs_by_seed(engine)
+    monkeypatch.setitem(engine.drafters, "ngram", OracleDrafter(expected))
+    prompt, params = REQUESTS[-1]
+    output = expected[params.seed]
+    end = next(i for i, token in enumerate(output) if i % 9 == 4 and token not in output[:i])
+    monkeypatch.setattr(engine, "eos_token_ids", frozenset([output[end]]))
+    sequence = engine.make_sequence(prompt, replace(params, ignore_eos=False), drafter="ngram")
+    run(engine, [sequence])
+    assert sequence.output_ids == output[: end + 1]
+    assert sequence.finish_reason is FinishReason.STOP
+    assert sequence.num_accepted_tokens < sequence.num_draft_tokens
+
+
+@pytest.mark.parametrize("drafter", ["wrong", "half"])
+def test_blocks_of_rejected_drafts_are_given_back(
+    engines, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    """After a step a sequence holds what its known tokens fill, and no block more."""
+    engine = engines("llama")
+    name = use(monkeypatch, engine, drafter)
+    sequences = [engine.make_sequence(prompt, params, drafter=name) for prompt, params in REQUESTS]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.has_work:
+        engine.step()
+        for sequence in engine.scheduler.running:
+            filled = -(-sequence.num_tokens // engine.config.block_size)
+            assert len(sequence.block_table) == filled
+
+
 @pytest.mark.parametrize("drafter", ["ngram", "mtp"])
 def test_arrivals_change_no_token(engines, drafter: str) -> None:
     """Requests that join a running batch, one a step, with prompts of several chunks."""

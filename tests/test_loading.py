@@ -20,6 +20,7 @@ from tandem import (
     UnsupportedModelError,
     VerifierOutputError,
 )
+from tandem.attention import PackedBatch, Span
 from tiny_engines import TinyModels
 from tiny_models import save_assistant, save_model, save_verifier
 
@@ -83,6 +84,22 @@ def test_attention_with_soft_capping_is_refused(tmp_path: Path, dtype: str) -> N
     path = save_model(model, tmp_path / "gemma-2")
     with pytest.raises(UnsupportedModelError, match=r"Gemma2ForCausalLM .* uses softcap"):
         Engine(config_of(path, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma-3", "gemma-4-E2B"])
+def test_other_logits_on_the_paged_cache_are_refused(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever the reason: here each query misses the latest key that it may see."""
+    first_key = PackedBatch._runs
+
+    def without_the_last(self: PackedBatch, span: Span, first: int) -> tuple[slice, ...]:
+        runs = first_key(self, span, first)
+        return (*runs[:-1], slice(runs[-1].start - 1, runs[-1].stop - 1))
+
+    monkeypatch.setattr(PackedBatch, "_runs", without_the_last)
+    with pytest.raises(UnsupportedModelError, match="differ by"):
+        Engine(config_of(tiny.verifier(name)))
 
 
 def test_a_cache_too_small_for_one_sequence_says_what_to_change(tiny: TinyModels) -> None:
