@@ -70,7 +70,7 @@ class KVCache:
         return index in self._layers
 
     def writer(self, slots: Tensor) -> KVWriter:
-        """What a model's `past_key_values` argument takes for a pass that fills `slots`."""
+        """What a model's `cache` argument takes for a pass that fills `slots`."""
         return KVWriter(self, slots)
 
 

@@ -188,7 +188,7 @@ def _probe(model: PreTrainedModel) -> tuple[list[LayerShape], Tensor]:
     """What each layer stores, and the model's own logits for a few tokens."""
     cache = DynamicCache(config=model.config)
     try:
-        logits = model(input_ids=_probe_ids(model), past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=_probe_ids(model), cache=cache, use_cache=True).logits
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} doesn't run on plain token ids: {error}"
@@ -235,7 +235,7 @@ def _check_paged(model: PreTrainedModel, cache: KVCache, expected: Tensor) -> No
             output = model(
                 input_ids=ids[:, start:stop],
                 position_ids=torch.arange(start, stop, device=model.device).unsqueeze(0),
-                past_key_values=cache.writer(packed.slots()),
+                cache=cache.writer(packed.slots()),
                 use_cache=True,
                 packed=packed,
             )

@@ -60,7 +60,7 @@ class Verifier:
         logits = self.model(
             input_ids=torch.tensor([token_ids], device=device),
             position_ids=torch.tensor([positions], device=device),
-            past_key_values=self.cache.writer(packed.slots()),
+            cache=self.cache.writer(packed.slots()),
             use_cache=True,
             logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
             packed=packed,
