@@ -150,6 +150,8 @@ def test_a_full_queue_refuses_and_nothing_hangs(server: TritonServer, engine: En
             wait_until(partial(is_running, server, "short_queue", number + 1))
         for number in range(32):
             late.send(str(number), "busy", **options)
+        # What has no room stays in Triton's queue, not in the engine's.
+        waiting = [metric(server, "num_requests_waiting", "short_queue") for _ in range(20)]
         responses = [*running.responses(8).values(), *late.responses(32).values()]
     refused = [r for r in responses if r.error]
     served = [r for r in responses if not r.error]
@@ -157,6 +159,7 @@ def test_a_full_queue_refuses_and_nothing_hangs(server: TritonServer, engine: En
     assert all("maximum queue size" in r.error for r in refused)
     assert all(r.text == expected for r in served)
     # The slots, the queue, and what execute() holds while it waits for room.
+    assert not any(waiting)
     assert 8 + 4 <= len(served) <= 8 + 4 + 8
     wait_until(lambda: is_idle(server, "short_queue"))
 
