@@ -82,7 +82,7 @@ def test_attention_with_soft_capping_is_refused(tmp_path: Path, dtype: str) -> N
         )
     )
     path = save_model(model, tmp_path / "gemma-2")
-    with pytest.raises(UnsupportedModelError, match=r"Gemma2ForCausalLM .* uses softcap"):
+    with pytest.raises(UnsupportedModelError, match=r"Gemma2ForCausalLM .* has no softcap"):
         Engine(config_of(path, dtype=dtype))
 
 

@@ -220,3 +220,36 @@ def test_removing_frees_the_blocks(where: str) -> None:
     scheduler.remove(first if where == "running" else second)
     scheduler.check_integrity()
     assert scheduler.pool.num_used == (0 if where == "running" else 1)
+
+
+def test_drafts_leave_a_prompt_its_share_of_the_budget() -> None:
+    """However much is drafted: half of what the decoding tokens leave, so 3 tokens a step."""
+    scheduler = Scheduler(BlockPool(64, BLOCK_SIZE), 4, 8, 200)
+    decoding = [sequence(1, max_tokens=150, limit=8, number=number) for number in range(2)]
+    for one in decoding:
+        scheduler.add(one)
+    for scheduled in scheduler.schedule():
+        commit(scheduler, scheduled, 0, 0)
+    prompt = sequence(20, number=2)
+    scheduler.add(prompt)
+    for _ in range(7):
+        batch = scheduler.schedule()
+        assert {one.sequence for one in batch} == {*decoding, prompt}
+        for scheduled in batch:
+            commit(scheduler, scheduled, scheduled.num_draft_tokens, 0)
+    assert prompt.num_output_tokens == 1
+
+
+def test_drafts_of_the_older_go_before_the_younger_is_preempted() -> None:
+    """One block is left, and the younger's known token needs it."""
+    scheduler = Scheduler(BlockPool(5, BLOCK_SIZE), 2, 32, 200)
+    older, younger = sequence(6, 50, 4, 0), sequence(7, 50, 4, 1)
+    for one in (older, younger):
+        scheduler.add(one)
+    for scheduled in scheduler.schedule():
+        commit(scheduler, scheduled, 0, 0)
+    younger.token_ids.append(9)
+    younger.num_computed += 1
+    batch = scheduler.schedule()
+    assert [one.sequence for one in batch] == [older, younger]
+    assert scheduler.num_preemptions == 0

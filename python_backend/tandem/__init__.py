@@ -1,7 +1,7 @@
 """Speculative decoding with one KV cache for drafter and verifier."""
 
 from tandem.config import DrafterConfig, EngineConfig, SamplingParams
-from tandem.engine import Delta, Engine, RequestOutput
+from tandem.engine import Engine
 from tandem.errors import (
     ConfigError,
     DrafterMismatchError,
@@ -12,6 +12,7 @@ from tandem.errors import (
     UnsupportedModelError,
     VerifierOutputError,
 )
+from tandem.outputs import Delta, RequestOutput
 from tandem.sequence import FinishReason, Sequence
 
 __all__ = [

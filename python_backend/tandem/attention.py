@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from tandem.errors import UnsupportedModelError
+
 ATTENTION = "tandem"
 # What transformers passes for soft-capped scores and for attention sinks.
 _UNSUPPORTED = ("softcap", "s_aux")
@@ -145,7 +147,7 @@ def paged_attention(
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"its attention uses {name}, which the paged attention lacks")
+            raise UnsupportedModelError(f"the paged attention has no {name}, which this model uses")
     _, num_heads, num_tokens, head_dim = query.shape
     num_kv_heads = key.shape[1]
     num_groups = num_heads // num_kv_heads

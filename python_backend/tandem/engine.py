@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from threading import Lock
 
 import torch
 
 from tandem.acceptance import Verdict, match
+from tandem.admission import Admission
 from tandem.block_pool import BlockPool
 from tandem.config import NO_DRAFTER, EngineConfig, SamplingParams
 from tandem.drafters import Drafter, DraftRequest
@@ -26,47 +24,13 @@ from tandem.errors import (
 )
 from tandem.loading import load_drafter, load_verifier
 from tandem.metrics import DrafterStats, EngineLoad, EngineStats
+from tandem.outputs import Delta, RequestOutput
 from tandem.sampling import Draw, sample
 from tandem.scheduler import Scheduler
 from tandem.sequence import FinishReason, ScheduledSequence, Sequence
-from tandem.text import Detokenizer
 from tandem.verifier import Verifier, VerifierOutput
 
 logger = logging.getLogger("tandem")
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to one sequence.
-
-    The first `num_accepted_tokens` of `token_ids` are drafts that were accepted. The last delta of
-    a sequence has a `finish_reason`.
-    """
-
-    sequence: Sequence
-    token_ids: list[int]
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """One finished request of `Engine.generate`."""
-
-    text: str | None
-    token_ids: list[int]
-    finish_reason: str
-    error: TandemError | None
-    num_verify_steps: int
-    num_drafts: int
-    num_draft_tokens: int
-    num_accepted_tokens: int
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens of a round that had drafts, the verifier's own included; 1 without any round."""
-        return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
 
 
 class Engine:
@@ -99,8 +63,13 @@ class Engine:
         )
         self.stats = EngineStats()
         self.drafter_stats: dict[str, DrafterStats] = defaultdict(DrafterStats)
-        self._vocab_size: int = loaded.model.config.get_text_config().vocab_size
-        self._ids = itertools.count()
+        self._admission = Admission(
+            loaded.tokenizer,
+            loaded.model.config.get_text_config().vocab_size,
+            loaded.max_model_len,
+            {name: d.num_speculative_tokens for name, d in config.drafter_configs.items()},
+            config.drafter_name,
+        )
         self._lock = Lock()
         logger.info(
             "loaded %s in %s on %s, drafters: %s; took %.1f s",
@@ -133,17 +102,8 @@ class Engine:
         Raises:
             InvalidRequestError: naming the argument and what is allowed.
         """
-        params = params or SamplingParams()
-        name, limit = self._drafter(drafter, num_speculative_tokens)
-        token_ids = self._token_ids(prompt)
-        return Sequence(
-            id=next(self._ids),
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
-            drafter=name,
-            max_lookahead=limit,
+        return self._admission.make_sequence(
+            prompt, params or SamplingParams(), drafter, num_speculative_tokens
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -151,43 +111,6 @@ class Engine:
         with self._lock:
             self.scheduler.add(sequence)
             self.stats.num_prompt_tokens += sequence.num_prompt_tokens
-
-    def _token_ids(self, prompt: str | Items[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequestError("the verifier has no tokenizer: give token ids, not text")
-            token_ids: list[int] = list(self.tokenizer(prompt)["input_ids"])
-        else:
-            token_ids = list(prompt)
-            for token_id in token_ids:
-                if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
-                    raise InvalidRequestError(
-                        f"prompt token ids must be whole numbers below {self._vocab_size}, "
-                        f"got {token_id!r}"
-                    )
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty: give at least one token")
-        if len(token_ids) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens; with max_model_len {self.max_model_len} "
-                f"at most {self.max_model_len - 1} leave room for an answer"
-            )
-        return token_ids
-
-    def _drafter(self, name: str | None, limit: int | None) -> tuple[str, int]:
-        name = self.config.drafter_name if name is None else name
-        known = [NO_DRAFTER, *self.drafters]
-        if name not in known:
-            raise InvalidRequestError(f"unknown drafter {name!r}; loaded: {', '.join(known)}")
-        settings = self.config.drafter_configs.get(name)
-        ceiling = settings.num_speculative_tokens if settings is not None else 0
-        if limit is None:
-            return name, ceiling
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-            raise InvalidRequestError(
-                f"num_speculative_tokens must be a whole number from 0, got {limit!r}"
-            )
-        return name, min(limit, ceiling)
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence with the next step, whatever it is doing."""
@@ -305,22 +228,10 @@ class Engine:
 
     def _advance(self, scheduled: ScheduledSequence, verdict: Verdict) -> Delta:
         sequence = scheduled.sequence
-        appended: list[int] = []
         if not verdict.token_ids:
             error = VerifierOutputError("the verifier's logits for this request are not numbers")
             sequence.finish(FinishReason.ERROR, error)
-        for token_id in verdict.token_ids:
-            appended.append(token_id)
-            sequence.token_ids.append(token_id)
-            if token_id in self.eos_token_ids and not sequence.params.ignore_eos:
-                sequence.finish(FinishReason.STOP)
-                break
-            if (
-                sequence.num_output_tokens >= sequence.params.max_tokens
-                or sequence.num_tokens >= self.max_model_len
-            ):
-                sequence.finish(FinishReason.LENGTH)
-                break
+        appended = sequence.extend(verdict.token_ids, self.eos_token_ids, self.max_model_len)
         num_accepted = min(verdict.num_accepted, len(appended))
         # The K/V of accepted drafts are valid; those of rejected ones lie behind the length.
         sequence.num_computed += num_accepted
@@ -407,27 +318,10 @@ class Engine:
             for sequence in sequences:
                 while not sequence.is_finished:
                     self.step()
-                yield self._output(sequence)
+                yield RequestOutput.of(sequence, self.tokenizer)
         finally:
             # A step that failed, or a caller that stopped early, leaves nothing behind.
             error = RequestCancelledError("the caller stopped")
             with self._lock:
                 unfinished = [s for s in sequences if not s.is_finished]
                 self._end(unfinished, FinishReason.CANCELLED, error)
-
-    def _output(self, sequence: Sequence) -> RequestOutput:
-        assert sequence.finish_reason is not None
-        text = None
-        if self.tokenizer is not None:
-            detokenizer = Detokenizer(self.tokenizer)
-            text = detokenizer.push(sequence.output_ids) + detokenizer.flush()
-        return RequestOutput(
-            text=text,
-            token_ids=sequence.output_ids,
-            finish_reason=sequence.finish_reason.value,
-            error=sequence.error,
-            num_verify_steps=sequence.num_verify_steps,
-            num_drafts=sequence.num_drafts,
-            num_draft_tokens=sequence.num_draft_tokens,
-            num_accepted_tokens=sequence.num_accepted_tokens,
-        )

@@ -13,8 +13,8 @@ class Scheduler:
     """Admits waiting sequences, cuts prompts into chunks and preempts when blocks run out.
 
     One token budget bounds a step. Decoding sequences come first, so a long prompt delays them by
-    a chunk at most; sequences are otherwise served in order of admission. When blocks run out,
-    drafts go first, then the sequence admitted last: it is freed and computed again later.
+    a chunk at most, and drafts leave prompts half of what is left. When blocks run out, drafts go
+    first, then the sequence admitted last: it is freed and computed again later.
     """
 
     def __init__(
@@ -47,53 +47,47 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledSequence]:
         """Chooses the sequences of the next step and gives them the blocks that they need."""
-        batch: dict[Sequence, ScheduledSequence] = {}
-        budget = self.max_num_batched_tokens
-        # Sorting is stable: within each kind the order of admission stays.
-        todo = deque(sorted(self.running, key=lambda sequence: not sequence.is_decoding))
-        while todo and budget > 0:
-            sequence = todo.popleft()
-            if sequence not in self.running:  # preempted a moment ago
-                continue
+        batch = self._schedule_decoding()
+        self._add_drafts(batch)
+        budget = self.max_num_batched_tokens - sum(s.num_tokens + s.num_draft_tokens for s in batch)
+        # The blocks of a whole prompt are given at admission.
+        for sequence in [s for s in self.running if not s.is_decoding] + self._admit():
             num_tokens = min(sequence.num_uncomputed, budget)
-            num_drafts = 0
-            if sequence.is_decoding:
-                # Every decoding sequence behind this one keeps one token of the budget.
-                spare = budget - num_tokens - sum(s.is_decoding for s in todo)
-                num_drafts = max(0, min(lookahead(sequence, self.max_model_len), spare))
-            scheduled = self._make_room(sequence, num_tokens, num_drafts, batch)
-            if scheduled is not None:
-                batch[sequence] = scheduled
-            budget = self.max_num_batched_tokens - sum(
-                s.num_tokens + s.num_draft_tokens for s in batch.values()
-            )
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self.pool.grow(sequence, sequence.num_tokens):
-                break
-            self.running.append(self.waiting.popleft())
-            num_tokens = min(sequence.num_uncomputed, budget)
-            batch[sequence] = ScheduledSequence(sequence, num_tokens, 0)
-            budget -= num_tokens
-        return list(batch.values())
+            if num_tokens > 0:
+                batch.append(ScheduledSequence(sequence, num_tokens, 0))
+                budget -= num_tokens
+        return batch
 
-    def _make_room(
-        self,
-        sequence: Sequence,
-        num_tokens: int,
-        num_drafts: int,
-        batch: dict[Sequence, ScheduledSequence],
-    ) -> ScheduledSequence | None:
-        needed = sequence.num_computed + num_tokens
-        if self.pool.grow(sequence, needed + num_drafts):
-            return ScheduledSequence(sequence, num_tokens, num_drafts)
-        while not self.pool.grow(sequence, needed):
-            victim = self.running[-1]
-            self._preempt(victim)
-            batch.pop(victim, None)
-            if victim is sequence:
-                return None
-        return ScheduledSequence(sequence, num_tokens, 0)
+    def _schedule_decoding(self) -> list[ScheduledSequence]:
+        batch = []
+        for sequence in [s for s in self.running if s.is_decoding]:
+            while sequence in self.running and not self.pool.grow(sequence, sequence.num_tokens):
+                # The youngest is this one or one behind it, so none that is in the batch.
+                self._preempt(self.running[-1])
+            if sequence in self.running:
+                batch.append(ScheduledSequence(sequence, 1, 0))
+        return batch
+
+    def _add_drafts(self, batch: list[ScheduledSequence]) -> None:
+        """Drafts take what known tokens leave, of the budget and of the blocks."""
+        budget = self.max_num_batched_tokens - len(batch)
+        if self.waiting or len(batch) < len(self.running):
+            budget //= 2  # the rest is for prompts
+        for scheduled in batch:
+            sequence = scheduled.sequence
+            num_drafts = min(lookahead(sequence, self.max_model_len), budget)
+            if self.pool.grow(sequence, sequence.num_tokens + num_drafts):
+                scheduled.num_draft_tokens = num_drafts
+                budget -= num_drafts
+
+    def _admit(self) -> list[Sequence]:
+        admitted = []
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            if not self.pool.grow(self.waiting[0], self.waiting[0].num_tokens):
+                break
+            admitted.append(self.waiting.popleft())
+            self.running.append(admitted[-1])
+        return admitted
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

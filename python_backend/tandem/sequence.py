@@ -73,6 +73,22 @@ class Sequence:
         """Whether the sequence has ended, for whatever reason."""
         return self.finish_reason is not None
 
+    def extend(
+        self, token_ids: list[int], eos_token_ids: frozenset[int], max_model_len: int
+    ) -> list[int]:
+        """Appends tokens up to one that ends the sequence; those that were appended."""
+        for index, token_id in enumerate(token_ids):
+            self.token_ids.append(token_id)
+            if token_id in eos_token_ids and not self.params.ignore_eos:
+                self.finish(FinishReason.STOP)
+            elif (
+                self.num_output_tokens >= self.params.max_tokens or self.num_tokens >= max_model_len
+            ):
+                self.finish(FinishReason.LENGTH)
+            if self.is_finished:
+                return token_ids[: index + 1]
+        return token_ids
+
     def finish(self, reason: FinishReason, error: TandemError | None = None) -> None:
         """Ends the sequence; it never runs again."""
         assert not self.is_finished, f"sequence {self.id} ended twice"

@@ -1,0 +1,90 @@
+"""Whether a request can be run at all, and the sequence that it becomes."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+
+from transformers import PreTrainedTokenizerBase
+
+from tandem.config import NO_DRAFTER, SamplingParams
+from tandem.errors import InvalidRequestError
+from tandem.sequence import Sequence
+
+
+class Admission:
+    """Checks requests and tokenizes their prompts; safe to use from any thread."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vocab_size: int,
+        max_model_len: int,
+        lookaheads: Mapping[str, int],
+        default_drafter: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._lookaheads = {NO_DRAFTER: 0, **lookaheads}
+        self._default_drafter = default_drafter
+        self._ids = itertools.count()
+
+    def make_sequence(
+        self,
+        prompt: str | Items[int],
+        params: SamplingParams,
+        drafter: str | None,
+        num_speculative_tokens: int | None,
+    ) -> Sequence:
+        """See `Engine.make_sequence`."""
+        drafter = self._default_drafter if drafter is None else drafter
+        max_lookahead = self._lookahead(drafter, num_speculative_tokens)
+        token_ids = self._token_ids(prompt)
+        return Sequence(
+            id=next(self._ids),
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            params=params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            drafter=drafter,
+            max_lookahead=max_lookahead,
+        )
+
+    def _lookahead(self, drafter: str, limit: int | None) -> int:
+        if drafter not in self._lookaheads:
+            raise InvalidRequestError(
+                f"unknown drafter {drafter!r}; loaded: {', '.join(self._lookaheads)}"
+            )
+        ceiling = self._lookaheads[drafter]
+        if limit is None:
+            return ceiling
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+            raise InvalidRequestError(
+                f"num_speculative_tokens must be a whole number from 0, got {limit!r}"
+            )
+        return min(limit, ceiling)
+
+    def _token_ids(self, prompt: str | Items[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise InvalidRequestError("the verifier has no tokenizer: give token ids, not text")
+            token_ids: list[int] = list(self._tokenizer(prompt)["input_ids"])
+        else:
+            token_ids = list(prompt)
+            for token_id in token_ids:
+                if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
+                    raise InvalidRequestError(
+                        f"prompt token ids must be whole numbers below {self._vocab_size}, "
+                        f"got {token_id!r}"
+                    )
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty: give at least one token")
+        if len(token_ids) >= self._max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens; with max_model_len {self._max_model_len} "
+                f"at most {self._max_model_len - 1} leave room for an answer"
+            )
+        return token_ids
