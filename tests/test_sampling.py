@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import product
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.generation import TopPLogitsWarper
 
 from doubles import prompt_of, run
 from tandem import SamplingParams
-from tandem.sampling import MAX_GUMBEL, Draw, gumbel, sample, splitmix64
+from tandem.sampling import Draw, block_gumbel, gumbel, sample, splitmix64
 from tiny_engines import TinyModels
 
 MASK = 2**64 - 1
@@ -45,8 +46,29 @@ def test_noise_is_standard_gumbel() -> None:
     """Fixed keys, so this never fails by chance; a wrong law is seen at once with 100,000 draws."""
     noise = gumbel(torch.arange(100)[:, None], torch.arange(1000)).flatten()
     assert noise.isfinite().all()
-    assert noise.max() <= MAX_GUMBEL
     assert stats.kstest(noise.numpy(), stats.gumbel_r.cdf).pvalue > 1e-3
+
+
+def test_noise_of_tokens_in_a_block_is_independent() -> None:
+    """Tokens draw their noise under their block's largest; together they must not show it."""
+    keys = torch.arange(20_000)[:, None]
+    noise = gumbel(keys, torch.arange(3, 256, 50)).double()
+    uniform = (-(-noise).exp()).exp()
+    bins = (uniform[:, 0] * 8).long() * 8 + (uniform[:, 1] * 8).long()
+    assert stats.chisquare(bins.bincount(minlength=64).numpy()).pvalue > 1e-3
+    largest = gumbel(keys[:4000], torch.arange(256)).amax(dim=1)
+    assert stats.kstest((largest - math.log(256)).numpy(), stats.gumbel_r.cdf).pvalue > 1e-3
+    others = torch.corrcoef(noise.T) - torch.eye(noise.shape[1])
+    assert others.abs().max() < 4 / math.sqrt(len(noise))
+
+
+def test_a_blocks_largest_noise_is_what_its_tokens_have() -> None:
+    keys, tokens = torch.arange(50)[:, None], torch.arange(1024)
+    largest, owner = block_gumbel(keys, torch.arange(4))
+    noise = gumbel(keys, tokens).view(50, 4, 256)
+    assert torch.equal(noise.amax(dim=-1), largest)
+    assert torch.equal(noise.argmax(dim=-1), owner)
+    assert len(owner.unique()) > 100
 
 
 def draws_for(rows: int, **params: Any) -> list[Draw]:

@@ -4,9 +4,13 @@ A token is `argmax(score + gumbel)` over the tokens that temperature, top-k, top
 (the Gumbel-max trick). The noise of a token at a position depends on nothing but the request's
 seed, so any batch, any drafter and any lookahead sample the same token from the same logits.
 
+Noise for a whole vocabulary would cost more than a verifier pass. It is drawn from the top down
+instead (Maddison, Tarlow and Minka, "A* sampling", 2014): first the largest noise of each block of
+tokens, then, only where that could win, the noise of the block's tokens given their largest.
+
 The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", 2014), nested: output number `position` of the stream `seed` is the seed of a second
-stream, whose output number `token` is the noise.
+stream, whose output number `token` is the token's noise, and number `-1 - block` its block's.
 """
 
 from __future__ import annotations
@@ -24,8 +28,6 @@ from tandem.config import SamplingParams
 _BLOCK = 256
 _FIRST_NUCLEUS = 1024
 _MAX_UNIFORM = 1 - 2**-24
-# The largest value that `gumbel` returns: 32 bits give a uniform number of at least 2**-33.
-MAX_GUMBEL = -math.log(-math.log1p(-(2**-33)))
 
 
 def _signed(value: int) -> int:
@@ -50,11 +52,26 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def block_gumbel(key: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest noise of a block's tokens, and which of them has it (0 to `_BLOCK - 1`)."""
+    bits = splitmix64(key, -1 - block)
+    # The largest of n standard Gumbel variables is one too, moved up by log n.
+    return math.log(_BLOCK) - torch.log(_exponential(bits)), bits & (_BLOCK - 1)
+
+
 def gumbel(key: Tensor, token: Tensor) -> Tensor:
     """Standard Gumbel noise, float32, for `token` ids under the row's `key` (broadcast)."""
-    uniform = (_shift(splitmix64(key, token), 32).float() + 0.5) * 2**-32
+    largest, owner = block_gumbel(key, token // _BLOCK)
+    # A Gumbel variable g that is known to be below m: exp(-g) - exp(-m) is exponential.
+    below = -torch.log(torch.exp(-largest) + _exponential(splitmix64(key, token)))
+    return torch.where(token % _BLOCK == owner, largest, torch.minimum(below, largest))
+
+
+def _exponential(bits: Tensor) -> Tensor:
+    """Exponential variables, float32, from the upper halves of `bits`."""
+    uniform = (_shift(bits, 32).float() + 0.5) * 2**-32
     # log1p keeps all digits near 0, where the large values of the noise come from.
-    return -torch.log(-torch.log1p(-uniform.clamp_(max=_MAX_UNIFORM)))
+    return -torch.log1p(-uniform.clamp_(max=_MAX_UNIFORM))
 
 
 class Draw(NamedTuple):
@@ -124,17 +141,26 @@ def sample(logits: Tensor, draws: Items[Draw], token_ids: Tensor | None = None) 
 
 def _sample_rows(logits: Tensor, rows: _Rows, token_ids: Tensor | None) -> Tensor:
     scores = logits / rows.temperature
+    limit = _largest_noise(rows.key, scores.shape[1], token_ids)
     if token_ids is None:
         token_ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     best, best_index = scores.max(dim=-1, keepdim=True)
     floor = _floor(scores, best, rows)
     # What can't catch up with the likeliest token, whatever its noise, needs none.
-    noise = gumbel(rows.key, token_ids.gather(1, best_index))
-    floor = torch.maximum(floor, best + noise - MAX_GUMBEL)
-    row, column = (scores >= floor).nonzero(as_tuple=True)
+    to_beat = best + gumbel(rows.key, token_ids.gather(1, best_index))
+    row, column = ((scores >= floor) & (scores + limit >= to_beat)).nonzero(as_tuple=True)
     perturbed = torch.full_like(scores, float("-inf"))
     perturbed[row, column] = scores[row, column] + gumbel(rows.key[row, 0], token_ids[row, column])
     return perturbed.argmax(dim=-1)
+
+
+def _largest_noise(key: Tensor, num_candidates: int, token_ids: Tensor | None) -> Tensor:
+    """What no candidate's noise exceeds, `[num_rows, num_candidates]`: its block's largest."""
+    if token_ids is not None:
+        return block_gumbel(key, token_ids // _BLOCK)[0]
+    blocks = torch.arange(-(-num_candidates // _BLOCK), device=key.device)
+    largest, _ = block_gumbel(key, blocks)
+    return largest.repeat_interleave(_BLOCK, dim=-1)[:, :num_candidates]
 
 
 def _floor(scores: Tensor, best: Tensor, rows: _Rows) -> Tensor:
