@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -25,7 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from tandem.attention import ATTENTION, PackedBatch, Span
 from tandem.config import DrafterConfig, EngineConfig
 from tandem.drafters import Drafter
-from tandem.drafters.mtp import MTPDrafter
+from tandem.drafters.assistant import Assistant, AssistantConfig
+from tandem.drafters.mtp import Gemma4Drafter, MTPDrafter, TrainedDrafter
 from tandem.drafters.ngram import NgramDrafter
 from tandem.errors import ConfigError, UnsupportedModelError
 from tandem.kv_cache import KVCache, LayerShape
@@ -63,9 +65,8 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         ConfigError: the model can't be found, or the cache is too small for one sequence.
         UnsupportedModelError: the architecture doesn't fit the paged cache.
     """
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
-    model = _load_model(config.verifier, dtype, device)
+    dtype, device = resolve(config.dtype, config.device)
+    model = load_model(config.verifier, dtype, device)
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
     max_model_len = config.max_model_len or min(limit, _DEFAULT_MODEL_LEN)
@@ -94,7 +95,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     model.set_attn_implementation(ATTENTION)
     _check_paged(model, cache, expected)
     return LoadedVerifier(
-        model, _load_tokenizer(config.verifier), cache, max_model_len, _eos_token_ids(model)
+        model, load_tokenizer(config.verifier), cache, max_model_len, _eos_token_ids(model)
     )
 
 
@@ -108,46 +109,59 @@ def load_drafter(config: DrafterConfig, verifier: LoadedVerifier) -> Drafter:
     if config.type == "ngram":
         return NgramDrafter(config.min_ngram_size, config.max_ngram_size)
     assert config.model is not None, "DrafterConfig lets no 'mtp' without a model through"
-    assistant = _load_model(config.model, verifier.model.dtype, verifier.model.device)
+    return _load_mtp_drafter(config.name, config.model, verifier)
+
+
+def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDrafter:
+    assistant = load_model(path, verifier.model.dtype, verifier.model.device)
+    packs = can_pack(assistant.device, assistant.dtype)
+    if isinstance(assistant, Assistant):
+        assistant.attach(verifier.model)
+        if packs:
+            pack_linears(assistant)
+        return TrainedDrafter(assistant, verifier.model, verifier.cache)
     if not hasattr(assistant, "pre_projection"):
         raise ConfigError(
-            f"drafters.{config.name}: {config.model} is a {type(assistant).__name__}; "
-            "type 'mtp' needs a Gemma 4 assistant"
+            f"drafters.{name}: {path} is a {type(assistant).__name__}; type 'mtp' needs a Gemma 4 "
+            "assistant or one that scripts/train_drafter.py made"
         )
-    if can_pack(assistant.device, assistant.dtype):
+    if packs:
         # The centroid head picks rows of this weight.
         pack_linears(assistant, keep=assistant.lm_head if assistant.masked_embedding else None)
-    return MTPDrafter(assistant, verifier.model, verifier.cache)
+    return Gemma4Drafter(assistant, verifier.model, verifier.cache)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def resolve(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
+    """What `EngineConfig.dtype` and `EngineConfig.device` stand for on this machine.
+
+    Raises:
+        ConfigError: the device is none of torch's.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        found = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is not a torch device") from error
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
+        raise ConfigError(f"device {device!r} is not a torch device") from error
+    if dtype != "auto":
+        return getattr(torch, dtype), found
+    if found.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16, found
     logger.info("this CPU has no bfloat16 products: taking float32")
-    return torch.float32
+    return torch.float32, found
 
 
-def _load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Loads a causal LM; of a multimodal checkpoint, its text part."""
+def load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Loads a causal LM or an assistant; of a multimodal checkpoint, its text part."""
     try:
         config = AutoConfig.from_pretrained(path)
         loader: Any = AutoModelForCausalLM
         arguments: dict[str, Any] = {"config": config}
         text_config = config.get_text_config()
         # An assistant has a text part too, but is no multimodal model.
-        if text_config is not config and not hasattr(config, "backbone_hidden_size"):
+        if isinstance(config, AssistantConfig):
+            loader = AutoModel
+        elif text_config is not config and not hasattr(config, "backbone_hidden_size"):
             loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
             arguments = {"config": text_config, "key_mapping": _TEXT_PART}
         model, info = loader.from_pretrained(
@@ -165,7 +179,8 @@ def _load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTrain
     return loaded
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, or None, with a warning, if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

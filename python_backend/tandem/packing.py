@@ -23,6 +23,12 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
+    @property
+    def weight(self) -> Tensor:
+        """`[out_features, in_features]`, unpacked anew on each access."""
+        dense: Tensor = self._weight.to_dense()
+        return dense
+
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(

@@ -1,14 +1,15 @@
-"""Multi-token prediction with a Gemma 4 assistant, which reads the verifier's own K/V.
+"""Multi-token prediction with an assistant, which reads the verifier's own K/V.
 
-The assistant has query projections only. Its layers attend to the pool of the verifier's last
-storing layer of their type, so it owns no cache and has nothing to roll back. Within a round the
-position stays that of the last known token, and the state it feeds back is its own.
+The assistant's layers attend to the pool of one of the verifier's layers each, so it owns no cache
+and has nothing to roll back. Within a round the position stays that of the last known token, and
+the state it feeds back is its own.
 
-Source: the Gemma 4 assistants in transformers (`gemma4_assistant`), by whose modules it runs.
+Source: the Gemma 4 assistants in transformers (`gemma4_assistant`), by whose modules theirs run.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence as Items
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tandem.attention import ATTENTION, PackedBatch, Span
 from tandem.drafters import Drafter, DraftRequest
+from tandem.drafters.assistant import Assistant, SharedKV, fingerprint
 from tandem.errors import DrafterMismatchError
 from tandem.kv_cache import KVCache
 from tandem.sampling import Draw, sample
@@ -31,21 +33,27 @@ def source_layers(verifier: PreTrainedModel, cache: KVCache) -> dict[str, int]:
 
 
 class MTPDrafter(Drafter):
-    """Drafts by repeated passes of the assistant, all sequences in one packed row."""
+    """Drafts by repeated passes of an assistant, all sequences in one packed row."""
 
-    def __init__(
-        self, assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache
-    ) -> None:
-        check_fit(assistant, verifier, cache)
+    def __init__(self, assistant: PreTrainedModel, cache: KVCache) -> None:
         assistant.set_attn_implementation(ATTENTION)
         self._assistant: Any = assistant
-        self._embed = verifier.get_input_embeddings()
         self._cache = cache
-        # The pool itself: the assistant's layers pass it on to the attention function.
-        self.shared_kv_states = {
-            kind: cache.layer(index) for kind, index in source_layers(verifier, cache).items()
-        }
         self._hidden: dict[int, Tensor] = {}
+
+    @abstractmethod
+    def _advance(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        draws: Items[Draw],
+        packed: PackedBatch,
+    ) -> tuple[Tensor, Tensor]:
+        """One guess for each sequence, `[num_sequences]`, and the state that the next goes on from.
+
+        Guesses are drawn under the noise that the verifier will use at these positions.
+        """
 
     def observe(self, sequence: Sequence, hidden: Tensor) -> None:
         """Keeps the state from which the next round starts."""
@@ -71,17 +79,35 @@ class MTPDrafter(Drafter):
         )
         drafts = []
         for step in range(max(request.num_tokens for request in requests)):
-            state = self._state(tokens, hidden, positions, packed)
             draws = [Draw(s.params, s.seed, s.num_tokens + step) for s in sequences]
-            tokens = self._sample(state, draws)
-            hidden = self._assistant.post_projection(state)
+            tokens, hidden = self._advance(tokens, hidden, positions, draws, packed)
             drafts.append(tokens)
         proposed = torch.stack(drafts, dim=1).tolist()
         return [ids[: request.num_tokens] for ids, request in zip(proposed, requests, strict=True)]
 
-    def _state(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, packed: PackedBatch
-    ) -> Tensor:
+
+class Gemma4Drafter(MTPDrafter):
+    """Drafts with one of the published Gemma 4 assistants."""
+
+    def __init__(
+        self, assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache
+    ) -> None:
+        check_gemma4_fit(assistant, verifier, cache)
+        super().__init__(assistant, cache)
+        self._embed = verifier.get_input_embeddings()
+        # The pool itself: the assistant's layers pass it on to the attention function.
+        self.shared_kv_states = {
+            kind: cache.layer(index) for kind, index in source_layers(verifier, cache).items()
+        }
+
+    def _advance(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        draws: Items[Draw],
+        packed: PackedBatch,
+    ) -> tuple[Tensor, Tensor]:
         inputs = torch.cat([self._embed(tokens), hidden], dim=-1).unsqueeze(0)
         output = self._assistant.model(
             inputs_embeds=self._assistant.pre_projection(inputs),
@@ -94,10 +120,9 @@ class MTPDrafter(Drafter):
             packed=packed,
         )
         state: Tensor = output.last_hidden_state[0]
-        return state
+        return self._sample(state, draws), self._assistant.post_projection(state)
 
     def _sample(self, state: Tensor, draws: Items[Draw]) -> Tensor:
-        """The drafter's guesses under the noise that the verifier will use at these positions."""
         head = self._assistant.masked_embedding
         if head is None:
             return sample(self._assistant.lm_head(state), draws)
@@ -110,7 +135,48 @@ class MTPDrafter(Drafter):
         return sample(logits, draws, token_ids)
 
 
-def check_fit(assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache) -> None:
+class TrainedDrafter(MTPDrafter):
+    """Drafts with an assistant that was trained for the verifier (see `scripts/train_drafter`)."""
+
+    def __init__(self, assistant: Assistant, verifier: PreTrainedModel, cache: KVCache) -> None:
+        check_trained_fit(assistant, verifier, cache)
+        super().__init__(assistant, cache)
+        self._shared = SharedKV([cache.layer(index) for index in assistant.config.source_layers])
+
+    def _advance(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        draws: Items[Draw],
+        packed: PackedBatch,
+    ) -> tuple[Tensor, Tensor]:
+        state = self._assistant(
+            tokens.unsqueeze(0), hidden.unsqueeze(0), positions, self._shared, packed=packed
+        )[0]
+        token_ids = self._assistant.draft_token_ids.expand(len(draws), -1)
+        return sample(self._assistant.head(state), draws, token_ids), state
+
+
+def check_trained_fit(assistant: Assistant, verifier: PreTrainedModel, cache: KVCache) -> None:
+    """Compares the verifier that the assistant was trained for with this one.
+
+    Raises:
+        DrafterMismatchError: naming the first thing that differs, and both values.
+    """
+    found = fingerprint(verifier.config.get_text_config())
+    for name, trained_for in assistant.config.verifier.items():
+        if found.get(name) != trained_for:
+            raise DrafterMismatchError(
+                f"the drafter was trained for another verifier: {name} is {trained_for} there and "
+                f"{found.get(name)} here"
+            )
+    for index in assistant.config.source_layers:
+        if not cache.has_layer(index):
+            raise DrafterMismatchError(f"the verifier's layer {index} stores no K/V of its own")
+
+
+def check_gemma4_fit(assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache) -> None:
     """Compares what the assistant expects with what the verifier has.
 
     Raises:

@@ -1,0 +1,193 @@
+"""The three stages of training, as a user runs them, on a tiny verifier."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.errors import ConfigError
+from tandem_train.corpus import Corpus, TrainingText
+from tandem_train.evaluate import read_prompts
+from tandem_train.generate import generate
+from tandem_train.train import TrainingConfig, train
+from tiny_engines import TinyModels
+from triton_runtime import ROOT
+
+SCRIPT = ROOT / "scripts" / "train_drafter.py"
+SIZES = ["--num-sequences", "240", "--sequence-length", "48", "--dtype", "float32"]
+TRAINING = ["--epochs", "6", "--batch-size", "8", "--learning-rate", "3e-3"]
+
+
+def command(stage: str, verifier: Path, directory: Path, *options: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), stage, str(verifier), str(directory), *options]
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+
+
+def interrupt(shown: str, number: signal.Signals, *arguments: Any) -> int:
+    """Starts a stage, sends it a signal once it has shown a text, and returns its exit status."""
+    with subprocess.Popen(
+        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        output = b""
+        while not re.search(shown, output.decode(errors="replace")):
+            output += (part := os.read(process.stderr.fileno(), 4096))
+            assert part, f"it ended before it could be interrupted: {output.decode()}"
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        return process.returncode
+
+
+def log_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_all_stages_survive_interruptions_and_teach_the_drafter(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    verifier, directory = tiny.verifier("gemma-3"), tmp_path / "work"
+    corpus = Corpus(directory / "corpus")
+    options = [*SIZES, *TRAINING]
+
+    # A kill leaves all lines but perhaps the last; Ctrl-C leaves all of them.
+    stage = ("generate", verifier, directory, *options)
+    assert interrupt(r" [2-9]\d/240", signal.SIGKILL, *stage) == -signal.SIGKILL
+    before = {text.index: text for text in corpus}
+    assert interrupt(r" 1\d\d/240", signal.SIGINT, *stage) == 130
+    assert len(before) < len(list(corpus)) < 240
+    assert run(*stage).returncode == 0
+    texts = {text.index: text for text in corpus}
+    assert sorted(texts) == list(range(240))
+    assert all(texts[index] == text for index, text in before.items())
+
+    stage = ("train", verifier, directory, *options)
+    assert interrupt(r" [3-9]\d/168", signal.SIGINT, *stage) == 130
+    stopped_at = log_of(directory)[-1]["step"]
+    result = run(*stage)
+    assert result.returncode == 0, result.stderr
+    steps = [entry["step"] for entry in log_of(directory) if "loss" in entry]
+    assert steps == list(range(6 * (228 // 8)))
+    assert 30 <= stopped_at < steps[-1]
+    assert (directory / "training.png").stat().st_size > 5000
+
+    result = run("evaluate", verifier, directory, "--max-tokens", "24")
+    assert result.returncode == 0, result.stderr
+    assert "a round of 4 drafts" in result.stdout
+    report = json.loads((directory / "evaluation.json").read_text())
+    for temperature in ("0", "1"):
+        assert report["results"][temperature]["all"]["same_text"] == 40
+    trained = report["results"]["1"]["all"]["mean_acceptance_length"]
+    untrained = untrained_length(verifier, directory, options)
+    assert trained > untrained + 0.5, (trained, untrained)
+
+
+def untrained_length(verifier: Path, directory: Path, options: list[str]) -> float:
+    import torch
+
+    from tandem.drafters.assistant import Assistant
+    from tandem.loading import load_model
+    from tandem_train.train import save
+
+    drafter = load_model(str(directory / "drafter"), torch.float32, torch.device("cpu"))
+    assert isinstance(drafter, Assistant)
+    torch.manual_seed(0)
+    for weight in drafter.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.1)
+    save(drafter, directory / "untrained")
+    options = ["--drafter", str(directory / "untrained"), "--temperatures", "1"]
+    result = run("evaluate", verifier, directory, "--max-tokens", "24", *options)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((directory / "evaluation.json").read_text())
+    length: float = report["results"]["1"]["all"]["mean_acceptance_length"]
+    return length
+
+
+def test_a_text_depends_on_seed_and_index_alone(tiny: TinyModels, tmp_path: Path) -> None:
+    verifier = str(tiny.verifier("llama"))
+    settings: dict[str, Any] = {"sequence_length": 24, "seed": 5, "dtype": "float32"}
+    whole, parts = Corpus(tmp_path / "whole"), Corpus(tmp_path / "parts")
+    generate(verifier, whole, num_sequences=12, **settings)
+    generate(verifier, parts, num_sequences=5, **settings)
+    generate(verifier, parts, num_sequences=12, **settings)
+    assert list(whole) == list(parts)
+
+
+def test_a_line_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path)
+    for index in range(3):
+        corpus.append(TrainingText(index, [1, 2, 3], 1, 0.0))
+    shard = next(tmp_path.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert [text.index for text in corpus] == [0, 1]
+    corpus.append(TrainingText(2, [1, 2, 3], 1, 0.0))
+    assert [text.index for text in corpus] == [0, 1, 2]
+
+
+def test_every_twentieth_text_is_held_out() -> None:
+    held_out = [i for i in range(60) if TrainingText(i, [1], 1, None).is_held_out]
+    assert held_out == [19, 39, 59]
+
+
+def test_text_files_are_added_once(tiny: TinyModels, tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("Tandem bicycles have two saddles. " * 10)
+    options = ["--num-sequences", "2", "--sequence-length", "32", "--text", str(file)]
+    for _ in range(2):
+        result = run("generate", tiny.verifier("llama"), tmp_path / "work", *options)
+        assert result.returncode == 0, result.stderr
+        texts = list(Corpus(tmp_path / "work" / "corpus"))
+        assert [text.temperature for text in texts].count(None) == 11
+        assert len(texts) == 13
+
+
+def test_too_few_texts_are_refused(tiny: TinyModels, tmp_path: Path) -> None:
+    texts = [TrainingText(index, [3, 4, 5, 6], 1, 1.0) for index in range(4)]
+    with pytest.raises(ConfigError, match=r"4 texts to train on in .* one update takes 8"):
+        train(str(tiny.verifier("llama")), texts, TrainingConfig(batch_size=8), tmp_path)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
+    texts = [TrainingText(index, [3, 4, 5, 6, 7, 8], 1, 0.0) for index in range(24)]
+    verifier = str(tiny.verifier("llama"))
+    train(verifier, texts, TrainingConfig(batch_size=8, epochs=1), tmp_path, dtype="float32")
+    with pytest.raises(ConfigError, match=r"other settings .*'epochs': 1.*'epochs': 2.* delete it"):
+        train(verifier, texts, TrainingConfig(batch_size=8, epochs=2), tmp_path, dtype="float32")
+
+
+def test_errors_are_one_line_and_help_has_examples(tmp_path: Path) -> None:
+    result = run("generate", "no/such-model-here", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: can't load the model 'no/such-model-here'")
+    assert "Traceback" not in result.stderr
+    shown = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True
+    ).stdout
+    assert "examples:" in shown
+    assert all(stage in shown for stage in ("generate", "train", "evaluate", "all"))
+
+
+def test_a_broken_line_of_prompts_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"kind": "prose", "prompt": "Once"}\n{"kind": "prose"}\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2: expected .* got"):
+        read_prompts(path)
+
+
+def test_the_held_out_prompts_are_five_of_each_kind() -> None:
+    prompts = read_prompts(ROOT / "prompts" / "held_out.jsonl")
+    kinds = [prompt.kind for prompt in prompts]
+    assert len(prompts) == len({prompt.text for prompt in prompts}) == 40
+    assert {kinds.count(kind) for kind in kinds} == {5}
