@@ -126,6 +126,19 @@ def test_sample_of_a_whole_vocabulary_in_bfloat16(vocab_size: int) -> None:
         assert sample(logits, draws).tolist() == reference(logits, draws)
 
 
+def test_rows_that_are_not_numbers_get_a_token_all_the_same() -> None:
+    """The engine ends such a request by itself; a drafter's guess only has to be a token."""
+    logits = torch.randn(3, 384, generator=torch.Generator().manual_seed(1))
+    draws = draws_for(3, temperature=1.0)
+    expected = sample(logits, draws).tolist()
+    logits[1] = float("nan")
+    found = sample(logits, draws).tolist()
+    assert [found[0], found[2]] == [expected[0], expected[2]]
+    assert 0 <= found[1] < 384
+    ids = torch.arange(100, 484).expand(3, -1)
+    assert 100 <= sample(logits, draws, ids)[1] < 484
+
+
 def test_greedy_and_sampled_rows_share_a_batch() -> None:
     logits = torch.randn(6, 384, generator=torch.Generator().manual_seed(1)) * 3
     draws = draws_for(6, temperature=1.0, top_k=9)

@@ -79,7 +79,7 @@ def test_all_stages_survive_interruptions_and_teach_the_drafter(
     assert result.returncode == 0, result.stderr
     steps = [entry["step"] for entry in log_of(directory) if "loss" in entry]
     assert steps == list(range(6 * (228 // 8)))
-    assert 30 <= stopped_at < steps[-1]
+    assert 29 <= stopped_at < steps[-1]
     assert (directory / "training.png").stat().st_size > 5000
 
     result = run("evaluate", verifier, directory, "--max-tokens", "24")

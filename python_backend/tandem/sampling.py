@@ -131,54 +131,85 @@ def sample(logits: Tensor, draws: Items[Draw], token_ids: Tensor | None = None) 
     Returns:
         Token ids, `[num_rows]`.
     """
-    chosen = logits.argmax(dim=-1)
     rows = _Rows.of(draws, logits.device)
-    if rows is not None:
-        ids = None if token_ids is None else token_ids[rows.index]
-        chosen[rows.index] = _sample_rows(logits[rows.index].float(), rows, ids)
+    if rows is not None and len(rows.index) == len(draws):
+        chosen = _sample_rows(logits, rows, token_ids)
+    else:
+        chosen = logits.argmax(dim=-1)
+        if rows is not None:
+            ids = None if token_ids is None else token_ids[rows.index]
+            chosen[rows.index] = _sample_rows(logits[rows.index], rows, ids)
     return chosen if token_ids is None else token_ids.gather(1, chosen.unsqueeze(1)).squeeze(1)
 
 
 def _sample_rows(logits: Tensor, rows: _Rows, token_ids: Tensor | None) -> Tensor:
-    scores = logits / rows.temperature
-    limit = _largest_noise(rows.key, scores.shape[1], token_ids)
+    """The candidate, `[num_rows]`, with the largest score under noise."""
+    # Candidates go in groups whose noise has a known bound: the blocks of a whole vocabulary.
     if token_ids is None:
-        token_ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-    best, best_index = scores.max(dim=-1, keepdim=True)
-    floor = _floor(scores, best, rows)
+        groups = _blocks(logits)
+        limit, _ = block_gumbel(rows.key, torch.arange(groups.shape[1], device=logits.device))
+    else:
+        groups = logits.unsqueeze(-1)
+        limit, _ = block_gumbel(rows.key, token_ids // _BLOCK)
+
+    def token_of(row: Tensor, candidate: Tensor) -> Tensor:
+        return candidate if token_ids is None else token_ids[row, candidate]
+
+    group_best = groups.amax(dim=-1).float() / rows.temperature  # [num_rows, num_groups]
+    best, best_group = group_best.max(dim=-1)
+    every_row = torch.arange(len(best), device=logits.device)
+    best_index = best_group * groups.shape[2] + groups[every_row, best_group].argmax(dim=-1)
+    noise = gumbel(rows.key, token_of(every_row, best_index).unsqueeze(1))
     # What can't catch up with the likeliest token, whatever its noise, needs none.
-    to_beat = best + gumbel(rows.key, token_ids.gather(1, best_index))
-    row, column = ((scores >= floor) & (scores + limit >= to_beat)).nonzero(as_tuple=True)
-    perturbed = torch.full_like(scores, float("-inf"))
-    perturbed[row, column] = scores[row, column] + gumbel(rows.key[row, 0], token_ids[row, column])
-    return perturbed.argmax(dim=-1)
+    to_beat = best.unsqueeze(1) + noise
+    floor = _floor(logits, best.unsqueeze(1), rows)
+    row, group = ((group_best >= floor) & (group_best + limit >= to_beat)).nonzero(as_tuple=True)
+    scores = groups[row, group].float() / rows.temperature[row]  # [num_live_groups, group_size]
+    live = (scores >= floor[row]) & (scores + limit[row, group].unsqueeze(1) >= to_beat[row])
+    index, offset = live.nonzero(as_tuple=True)
+    row, candidate = row[index], group[index] * groups.shape[2] + offset
+    perturbed = scores[index, offset] + gumbel(rows.key[row, 0], token_of(row, candidate))
+    return _argmax_by_row(perturbed, row, candidate, len(best))
 
 
-def _largest_noise(key: Tensor, num_candidates: int, token_ids: Tensor | None) -> Tensor:
-    """What no candidate's noise exceeds, `[num_rows, num_candidates]`: its block's largest."""
-    if token_ids is not None:
-        return block_gumbel(key, token_ids // _BLOCK)[0]
-    blocks = torch.arange(-(-num_candidates // _BLOCK), device=key.device)
-    largest, _ = block_gumbel(key, blocks)
-    return largest.repeat_interleave(_BLOCK, dim=-1)[:, :num_candidates]
+def _blocks(logits: Tensor) -> Tensor:
+    """The logits as `[num_rows, num_blocks, _BLOCK]`; what the last block lacks is -infinity."""
+    missing = -logits.shape[1] % _BLOCK
+    if missing:
+        logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+    return logits.view(len(logits), -1, _BLOCK)
 
 
-def _floor(scores: Tensor, best: Tensor, rows: _Rows) -> Tensor:
+def _argmax_by_row(values: Tensor, row: Tensor, candidate: Tensor, num_rows: int) -> Tensor:
+    """The candidate with each row's largest value, `[num_rows]`; the first of equals.
+
+    A row without any, whose logits were not numbers, gets candidate 0.
+    """
+    largest = values.new_full((num_rows,), float("-inf")).scatter_reduce(0, row, values, "amax")
+    winners = values == largest[row]
+    first = torch.zeros(num_rows, dtype=torch.long, device=values.device)
+    return first.scatter_reduce(0, row[winners], candidate[winners], "amin", include_self=False)
+
+
+def _floor(logits: Tensor, best: Tensor, rows: _Rows) -> Tensor:
     """The lowest score, `[num_rows, 1]`, that top-k, top-p and min-p let through; ties stay in.
 
     The order is temperature, top-k, top-p on what top-k left, min-p, as in transformers.
     """
     floor = torch.full_like(best, float("-inf"))
-    num_candidates = scores.shape[1]
+    num_candidates = logits.shape[1]
     limits = [k if 0 < k < num_candidates else num_candidates for k in rows.top_k]
     limited = [k for k in limits if k < num_candidates]
+    has_nucleus = bool((rows.top_p < 1).any())
+    if limited or has_nucleus:
+        scores = logits.float() / rows.temperature
     if limited:
         values = _largest(scores, max(limited))
         last = torch.tensor(limits, device=scores.device).clamp_(max=values.shape[1]) - 1
         kth = values.gather(1, last.unsqueeze(1))
         unlimited = [[k == num_candidates] for k in limits]
         floor = kth.masked_fill(torch.tensor(unlimited, device=scores.device), float("-inf"))
-    if bool((rows.top_p < 1).any()):
+    if has_nucleus:
         floor = torch.maximum(floor, _nucleus_floor(scores, floor, rows.top_p))
     return torch.maximum(floor, best + rows.min_p.log())
 

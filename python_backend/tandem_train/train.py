@@ -235,6 +235,12 @@ class Trainer:
         self.assistant.load_state_dict(saved["assistant"])
         self._optimizer.load_state_dict(saved["optimizer"])
         self.progress = Progress(**saved["progress"])
+        # An update that was interrupted half-way is done again.
+        self.progress.history = [
+            entry
+            for entry in self.progress.history
+            if "loss" not in entry or entry["step"] < self.progress.step
+        ]
         return True
 
     def run(self) -> None:
