@@ -39,7 +39,9 @@ A finished drafter goes into model.json as
 
 def main() -> int:
     """Runs the stages asked for and returns the exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM acts as Ctrl-C does, and so does SIGINT where a shell's background job ignores it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     arguments = parse_arguments()
     transformers_logging.disable_progress_bar()
     stages = {"generate": run_generate, "train": run_train, "evaluate": run_evaluate}

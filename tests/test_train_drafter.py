@@ -82,7 +82,7 @@ def test_all_stages_survive_interruptions_and_teach_the_drafter(
     assert 29 <= stopped_at < steps[-1]
     assert (directory / "training.png").stat().st_size > 5000
 
-    result = run("evaluate", verifier, directory, "--max-tokens", "24")
+    result = run("evaluate", verifier, directory, "--max-tokens", "16")
     assert result.returncode == 0, result.stderr
     assert "a round of 4 drafts" in result.stdout
     report = json.loads((directory / "evaluation.json").read_text())
@@ -108,7 +108,7 @@ def untrained_length(verifier: Path, directory: Path, options: list[str]) -> flo
             torch.nn.init.normal_(weight, std=0.1)
     save(drafter, directory / "untrained")
     options = ["--drafter", str(directory / "untrained"), "--temperatures", "1"]
-    result = run("evaluate", verifier, directory, "--max-tokens", "24", *options)
+    result = run("evaluate", verifier, directory, "--max-tokens", "16", *options)
     assert result.returncode == 0, result.stderr
     report = json.loads((directory / "evaluation.json").read_text())
     length: float = report["results"]["1"]["all"]["mean_acceptance_length"]
@@ -168,9 +168,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny: TinyModels, tmp_path: P
 
 
 def test_errors_are_one_line_and_help_has_examples(tmp_path: Path) -> None:
-    result = run("generate", "no/such-model-here", tmp_path)
+    result = run("generate", tmp_path / "absent", tmp_path)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: can't load the model 'no/such-model-here'")
+    assert re.match(r"error: can't load the model '.*absent'", result.stderr.splitlines()[-1])
     assert "Traceback" not in result.stderr
     shown = subprocess.run(
         [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True

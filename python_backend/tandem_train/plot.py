@@ -23,5 +23,6 @@ def plot(history: list[dict[str, Any]], path: Path) -> None:
             panel.plot(steps, means, marker="." * (width == 1), label=f"position {index + 1}")
         panel.set_xlabel("updates")
         panel.set_title(name if name == "loss" else "acceptance, held-out")
-        panel.legend()
+        if entries:
+            panel.legend()
     figure.savefig(path, dpi=100)
