@@ -88,7 +88,8 @@ def test_all_stages_survive_interruptions_and_teach_the_drafter(
     report = json.loads((directory / "evaluation.json").read_text())
     for temperature in ("0", "1"):
         assert report["results"][temperature]["all"]["same_text"] == 40
-    trained = report["results"]["1"]["all"]["mean_acceptance_length"]
+    # Greedy: under shared noise a tiny verifier's flat distribution is guessed without training.
+    trained = report["results"]["0"]["all"]["mean_acceptance_length"]
     untrained = untrained_length(verifier, directory, options)
     assert trained > untrained + 0.5, (trained, untrained)
 
@@ -107,11 +108,11 @@ def untrained_length(verifier: Path, directory: Path, options: list[str]) -> flo
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.1)
     save(drafter, directory / "untrained")
-    options = ["--drafter", str(directory / "untrained"), "--temperatures", "1"]
+    options = ["--drafter", str(directory / "untrained"), "--temperatures", "0"]
     result = run("evaluate", verifier, directory, "--max-tokens", "16", *options)
     assert result.returncode == 0, result.stderr
     report = json.loads((directory / "evaluation.json").read_text())
-    length: float = report["results"]["1"]["all"]["mean_acceptance_length"]
+    length: float = report["results"]["0"]["all"]["mean_acceptance_length"]
     return length
 
 
