@@ -56,7 +56,7 @@ class TimedEngine(Engine):
         self.verify_seconds: list[float] = []
 
     def draft(self, batch: list[ScheduledSequence]) -> None:
-        """As `Engine.draft`; the time of a round that fills a whole lookahead is kept."""
+        """As `Engine.draft`; the time of a round that made drafts is kept."""
         started = time.perf_counter()
         super().draft(batch)
         _wait(self.verifier.model.device)

@@ -1,7 +1,7 @@
 """Built-in openings: the first words of texts of many kinds on many subjects.
 
-What the verifier makes of them is the training data, so they only have to be varied. The held-out
-prompts in `prompts/` share neither subjects nor wording with them.
+What the verifier makes of them is the training data, so they only have to be varied. None of the
+held-out prompts in `prompts/` is among them.
 """
 
 from __future__ import annotations
