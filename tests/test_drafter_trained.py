@@ -17,7 +17,8 @@ from tandem.loading import load_model
 from tandem_train.corpus import TrainingText
 from tandem_train.features import DENSE_ATTENTION, FeatureStore
 from tandem_train.start import default_source_layers, fit_pre_projection, new_assistant
-from tandem_train.train import save, unroll
+from tandem_train.train import save
+from tandem_train.unroll import unroll
 from tiny_engines import DEVICE, TinyModels
 from tiny_models import VERIFIERS, VOCAB_SIZE, WINDOW
 
