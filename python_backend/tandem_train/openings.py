@@ -125,8 +125,8 @@ _TEMPLATES = (
 
 
 def opening(rng: random.Random) -> str:
-    """One opening; every fifteenth is empty, for the verifier to begin as it likes."""
-    if rng.random() < 1 / 15:
+    """One opening; two in five are empty, for the verifier to begin as it likes."""
+    if rng.random() < 2 / 5:
         return ""
     a, b = rng.sample(_SUBJECTS, 2)
     name, other = rng.sample(_NAMES, 2)
