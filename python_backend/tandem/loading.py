@@ -31,7 +31,7 @@ from tandem.drafters.mtp import Gemma4Drafter, MTPDrafter, TrainedDrafter
 from tandem.drafters.ngram import NgramDrafter
 from tandem.errors import ConfigError, UnsupportedModelError
 from tandem.kv_cache import KVCache, LayerShape
-from tandem.packing import can_pack, pack_linears
+from tandem.packing import can_pack, pack_linears, quantize_linears
 
 logger = logging.getLogger("tandem")
 
@@ -118,6 +118,7 @@ def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDraf
     if isinstance(assistant, Assistant):
         assistant.attach(verifier.model)
         if packs:
+            quantize_linears(assistant)
             pack_linears(assistant)
         return TrainedDrafter(assistant, verifier.model, verifier.cache)
     if not hasattr(assistant, "pre_projection"):
