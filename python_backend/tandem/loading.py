@@ -31,7 +31,7 @@ from tandem.drafters.mtp import Gemma4Drafter, MTPDrafter, TrainedDrafter
 from tandem.drafters.ngram import NgramDrafter
 from tandem.errors import ConfigError, UnsupportedModelError
 from tandem.kv_cache import KVCache, LayerShape
-from tandem.packing import can_pack, pack_linears, quantize_linears
+from tandem.packing import can_pack, pack_linears
 
 logger = logging.getLogger("tandem")
 
@@ -118,8 +118,7 @@ def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDraf
     if isinstance(assistant, Assistant):
         assistant.attach(verifier.model)
         if packs:
-            quantize_linears(assistant)
-            pack_linears(assistant)
+            pack_linears(assistant, int8=True)
         return TrainedDrafter(assistant, verifier.model, verifier.cache)
     if not hasattr(assistant, "pre_projection"):
         raise ConfigError(
@@ -128,7 +127,8 @@ def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDraf
         )
     if packs:
         # The centroid head picks rows of this weight.
-        pack_linears(assistant, keep=assistant.lm_head if assistant.masked_embedding else None)
+        keep = assistant.lm_head if assistant.masked_embedding else None
+        pack_linears(assistant, keep, int8=True)
     return Gemma4Drafter(assistant, verifier.model, verifier.cache)
 
 

@@ -2,6 +2,7 @@
 
 On a CPU this makes the product of a few rows cost little more than that of one, which is what a
 verifier pass over drafts lives on, and a row's result doesn't depend on how many rows there are.
+A drafter, whose guesses need not be exact, also gains from reading fewer bytes.
 """
 
 from __future__ import annotations
@@ -49,14 +50,6 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def pack_linears(model: nn.Module, keep: nn.Module | None = None) -> None:
-    """Replaces every `nn.Linear` in `model` but `keep`, which stays as it is."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child is not keep:
-                setattr(module, name, PackedLinear(child))
-
-
 class Int8Linear(nn.Module):
     """Computes a linear layer from weights in 8 bits, one scale a row, where the rows are few.
 
@@ -89,10 +82,14 @@ class Int8Linear(nn.Module):
         return product.to(rows.dtype).view(*rows.shape[:-1], -1)
 
 
-def quantize_linears(model: nn.Module) -> None:
-    """Makes every `nn.Linear` in `model` that is large enough an `Int8Linear`."""
+def pack_linears(model: nn.Module, keep: nn.Module | None = None, *, int8: bool = False) -> None:
+    """Replaces every `nn.Linear` in `model` but `keep`, which stays as it is.
+
+    Args:
+        int8: whether large matrices may be rounded to 8 bits for the product of a few rows.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            large = type(child) is nn.Linear and child.weight.numel() >= _INT8_SIZE
-            if large and child.bias is None:
-                setattr(module, name, Int8Linear(child))
+            if type(child) is nn.Linear and child is not keep:
+                rounds = int8 and child.bias is None and child.weight.numel() >= _INT8_SIZE
+                setattr(module, name, Int8Linear(child) if rounds else PackedLinear(child))

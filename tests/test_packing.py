@@ -1,0 +1,65 @@
+"""Packed linear layers: what they compute, and which layers become what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tandem.packing import Int8Linear, PackedLinear, can_pack, pack_linears
+
+pytestmark = pytest.mark.skipif(
+    not can_pack(torch.device("cpu"), torch.float32), reason="no oneDNN in this build of torch"
+)
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Linear(512, 384, bias=False)
+        self.small = nn.Linear(16, 8, bias=False)
+        self.biased = nn.Linear(512, 384)
+        self.head = nn.Linear(512, 384, bias=False)
+
+
+def test_exact_unless_8_bits_are_allowed() -> None:
+    model = _Model()
+    pack_linears(model, model.head)
+    kinds = [type(layer) for layer in model.children()]
+    assert kinds == [PackedLinear, PackedLinear, PackedLinear, nn.Linear]
+
+
+def test_only_large_layers_without_bias_are_rounded() -> None:
+    model = _Model()
+    pack_linears(model, model.head, int8=True)
+    kinds = [type(layer) for layer in model.children()]
+    assert kinds == [Int8Linear, PackedLinear, PackedLinear, nn.Linear]
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 5, 16])
+@torch.inference_mode()
+def test_products(num_rows: int) -> None:
+    linear = nn.Linear(512, 384, bias=False)
+    # Rows of very different sizes: each has a scale of its own.
+    linear.weight.mul_(torch.logspace(-3, 2, 384).unsqueeze(1))
+    rows = torch.randn(1, num_rows, 512)
+    exact = linear(rows)
+    size = linear.weight.norm(dim=1) * rows.norm(dim=-1, keepdim=True)  # of each sum's terms
+    packed_error = (PackedLinear(linear)(rows) - exact).abs() / size
+    int8_error = (Int8Linear(linear)(rows) - exact).abs() / size
+    assert packed_error.max() < 1e-6
+    assert int8_error.max() < 5e-3
+    assert (int8_error.max() < 1e-6) == (num_rows > 4)
+
+
+@torch.inference_mode()
+def test_a_weight_of_zeros_stays_zero() -> None:
+    linear = nn.Linear(512, 384, bias=False)
+    linear.weight.zero_()
+    assert torch.equal(Int8Linear(linear)(torch.randn(1, 512)), torch.zeros(1, 384))
+
+
+def test_weights_can_be_read_back() -> None:
+    linear = nn.Linear(512, 384, bias=False)
+    assert torch.equal(PackedLinear(linear).weight, linear.weight)
+    assert torch.equal(Int8Linear(linear).weight, linear.weight)
