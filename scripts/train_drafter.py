@@ -30,6 +30,8 @@ _EXAMPLES = """examples:
   python scripts/train_drafter.py generate meta-llama/Llama-3.2-1B .training/llama \\
       --num-sequences 20000 --text notes.txt manual.md
   python scripts/train_drafter.py train meta-llama/Llama-3.2-1B .training/llama --epochs 6
+  python scripts/train_drafter.py train .models/gemma-3-270m .training/mine \
+      --start-from drafters/gemma-3-270m --learning-rate 2e-4
   python scripts/train_drafter.py evaluate meta-llama/Llama-3.2-1B .training/llama -k 3
 
 A finished drafter goes into model.json as
@@ -86,6 +88,11 @@ def parse_arguments() -> argparse.Namespace:
 
     stage = parser.add_argument_group("train")
     defaults = TrainingConfig()
+    stage.add_argument(
+        "--start-from",
+        metavar="DRAFTER",
+        help="a trained drafter to train further, whose layers and vocabulary stay as they are",
+    )
     stage.add_argument(
         "--source-layers",
         type=int,
@@ -165,6 +172,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     """Stage 2."""
     texts = [text for text in Corpus(arguments.directory / "corpus") if len(text.token_ids) > 1]
     config = TrainingConfig(
+        start_from=arguments.start_from,
         source_layers=arguments.source_layers or [],
         draft_vocab_size=arguments.draft_vocab_size,
         num_steps=arguments.num_steps,

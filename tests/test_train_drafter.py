@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, DrafterMismatchError
 from tandem_train.corpus import Corpus, TrainingText
 from tandem_train.evaluate import read_prompts
 from tandem_train.generate import generate
@@ -158,6 +158,26 @@ def test_too_few_texts_are_refused(tiny: TinyModels, tmp_path: Path) -> None:
     texts = [TrainingText(index, [3, 4, 5, 6], 1, 1.0) for index in range(4)]
     with pytest.raises(ConfigError, match=r"4 texts to train on in .* one update takes 8"):
         train(str(tiny.verifier("llama")), texts, TrainingConfig(batch_size=8), tmp_path)
+
+
+def test_a_trained_drafter_is_trained_further(tiny: TinyModels, tmp_path: Path) -> None:
+    texts = [TrainingText(index, [3, 4, 5, 6, 7, 8], 1, 0.0) for index in range(24)]
+    verifier, first, second = str(tiny.verifier("llama")), tmp_path / "1", tmp_path / "2"
+    config = TrainingConfig(batch_size=8, epochs=4, draft_vocab_size=5)
+    train(verifier, texts, config, first, dtype="float32")
+    others = [TrainingText(index, [9, 10, 11, 12, 13], 1, 0.0) for index in range(8)]
+    again = TrainingConfig(batch_size=8, epochs=1, start_from=str(first / "drafter"))
+    train(verifier, [*texts, *others], again, second, dtype="float32")
+    for name in ("source_layers", "draft_vocab_size"):
+        settings = [json.loads((d / "drafter/config.json").read_text()) for d in (first, second)]
+        assert settings[0][name] == settings[1][name]
+    loss = [[entry["loss"][0] for entry in log_of(d) if "loss" in entry] for d in (first, second)]
+    assert loss[1][0] < loss[0][0]
+    with pytest.raises(DrafterMismatchError, match="model_type is llama there and qwen3 here"):
+        train(str(tiny.verifier("qwen-3")), texts, again, tmp_path / "3", dtype="float32")
+    again = TrainingConfig(batch_size=8, start_from=verifier)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM, not a drafter"):
+        train(verifier, texts, again, tmp_path / "4", dtype="float32")
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tiny: TinyModels, tmp_path: Path) -> None:

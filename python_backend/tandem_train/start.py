@@ -1,4 +1,7 @@
-"""How an assistant starts: as the verifier's own last layers, behind the best linear shortcut."""
+"""How an assistant starts: as the verifier's own last layers, behind the best linear shortcut.
+
+Or as one that was trained before.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tandem.drafters.assistant import Assistant, AssistantConfig, fingerprint, layers_config
+from tandem.drafters.assistant import (
+    Assistant,
+    AssistantConfig,
+    check_fingerprint,
+    fingerprint,
+    layers_config,
+)
+from tandem.errors import ConfigError
+from tandem.loading import load_model
 from tandem_train.corpus import TrainingText
 from tandem_train.features import DENSE_ATTENTION, Recorder, verifier_states
 
@@ -61,6 +72,26 @@ def new_assistant(
     assistant.set_attn_implementation(DENSE_ATTENTION)
     made: Assistant = assistant
     return made
+
+
+def trained_assistant(path: str, verifier: PreTrainedModel) -> Assistant:
+    """An assistant that was trained before, in float32, to be trained further.
+
+    Raises:
+        ConfigError: there is none at `path`.
+        DrafterMismatchError: it was trained for another verifier.
+    """
+    assistant = load_model(path, torch.float32, verifier.device)
+    if not isinstance(assistant, Assistant):
+        raise ConfigError(
+            f"--start-from {path} is a {type(assistant).__name__}, not a drafter that this script "
+            "trained"
+        )
+    check_fingerprint(assistant, verifier)
+    assistant.train().requires_grad_(True)
+    assistant.attach(verifier)
+    assistant.set_attn_implementation(DENSE_ATTENTION)
+    return assistant
 
 
 def _origin(name: str, source_layers: Items[int]) -> str:

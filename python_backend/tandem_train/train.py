@@ -26,6 +26,7 @@ from tandem_train.start import (
     draft_vocabulary,
     fit_pre_projection,
     new_assistant,
+    trained_assistant,
 )
 from tandem_train.unroll import StepResult, acceptance, unroll
 
@@ -39,6 +40,7 @@ class TrainingConfig:
     """How an assistant is trained.
 
     Attributes:
+        start_from: a trained assistant to train further, with its source layers and vocabulary.
         source_layers: the verifier's layers that are copied and whose K/V are read; none stands
             for `default_source_layers`.
         draft_vocab_size: tokens that can be guessed, at most.
@@ -50,6 +52,7 @@ class TrainingConfig:
         seed: of the order of the texts.
     """
 
+    start_from: str | None = None
     source_layers: list[int] = field(default_factory=list)
     draft_vocab_size: int = 8192
     num_steps: int = 3
@@ -76,6 +79,7 @@ def train(
 
     Raises:
         ConfigError: there are too few texts, or a checkpoint of other settings is in the way.
+        DrafterMismatchError: the assistant to start from was trained for another verifier.
     """
     train_texts = [text for text in texts if not text.is_held_out]
     if len(train_texts) < config.batch_size:
@@ -85,14 +89,19 @@ def train(
         )
     verifier = load_model(verifier_path, *resolve(dtype, device))
     verifier.set_attn_implementation(DENSE_ATTENTION)
-    source_layers = config.source_layers or default_source_layers(verifier)
-    config = replace(config, source_layers=source_layers)
+    if config.start_from is not None:
+        assistant = trained_assistant(config.start_from, verifier)
+    else:
+        vocabulary = draft_vocabulary(train_texts, config.draft_vocab_size)
+        layers = config.source_layers or default_source_layers(verifier)
+        assistant = new_assistant(verifier, layers, vocabulary)
+    source_layers = assistant.config.source_layers
+    vocab_size = assistant.config.draft_vocab_size
+    config = replace(config, source_layers=source_layers, draft_vocab_size=vocab_size)
     store = FeatureStore(verifier, source_layers, max(len(text.token_ids) for text in texts))
-    vocabulary = draft_vocabulary(train_texts, config.draft_vocab_size)
-    assistant = new_assistant(verifier, source_layers, vocabulary)
     mixed_precision = verifier.dtype == torch.bfloat16
     trainer = Trainer(assistant, store, texts, config, directory, mixed_precision=mixed_precision)
-    if not trainer.resume():
+    if not trainer.resume() and config.start_from is None:
         batches = store.token_batches(train_texts[:_FIT_TEXTS])
         fit_pre_projection(assistant, verifier, batches)
     trainer.run()
@@ -259,6 +268,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Writes checkpoint, log and plot; the checkpoint is whole or absent."""
+        self._directory.mkdir(parents=True, exist_ok=True)
         part = self._checkpoint.with_suffix(".part")
         torch.save(
             {

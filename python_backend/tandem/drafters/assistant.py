@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
+from tandem.errors import DrafterMismatchError
+
 MODEL_TYPE = "tandem_assistant"
 # Parts of a verifier's layers that need more than K/V and hidden states, as Gemma 4 names them.
 _PLAIN_LAYERS: dict[str, Any] = {
@@ -163,6 +165,21 @@ def fingerprint(verifier: PreTrainedConfig) -> dict[str, Any]:
     """What must agree between the verifier that an assistant was trained for and another."""
     names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     return {name: getattr(verifier, name) for name in names}
+
+
+def check_fingerprint(assistant: Assistant, verifier: PreTrainedModel) -> None:
+    """Compares the verifier that the assistant was trained for with this one.
+
+    Raises:
+        DrafterMismatchError: naming the first thing that differs, and both values.
+    """
+    found = fingerprint(verifier.config.get_text_config())
+    for name, trained_for in (assistant.config.verifier or {}).items():
+        if found.get(name) != trained_for:
+            raise DrafterMismatchError(
+                f"the drafter was trained for another verifier: {name} is {trained_for} there and "
+                f"{found.get(name)} here"
+            )
 
 
 AutoConfig.register(MODEL_TYPE, AssistantConfig)

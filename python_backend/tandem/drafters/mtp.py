@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from tandem.attention import ATTENTION, PackedBatch, Span
 from tandem.drafters import Drafter, DraftRequest
-from tandem.drafters.assistant import Assistant, SharedKV, fingerprint
+from tandem.drafters.assistant import Assistant, SharedKV, check_fingerprint
 from tandem.errors import DrafterMismatchError
 from tandem.kv_cache import KVCache
 from tandem.sampling import Draw, sample
@@ -139,7 +139,10 @@ class TrainedDrafter(MTPDrafter):
     """Drafts with an assistant that was trained for the verifier (see `scripts/train_drafter`)."""
 
     def __init__(self, assistant: Assistant, verifier: PreTrainedModel, cache: KVCache) -> None:
-        check_trained_fit(assistant, verifier, cache)
+        check_fingerprint(assistant, verifier)
+        for index in assistant.config.source_layers:
+            if not cache.has_layer(index):
+                raise DrafterMismatchError(f"the verifier's layer {index} stores no K/V of its own")
         super().__init__(assistant, cache)
         self._shared = SharedKV([cache.layer(index) for index in assistant.config.source_layers])
 
@@ -156,24 +159,6 @@ class TrainedDrafter(MTPDrafter):
         )[0]
         token_ids = self._assistant.draft_token_ids.expand(len(draws), -1)
         return sample(self._assistant.head(state), draws, token_ids), state
-
-
-def check_trained_fit(assistant: Assistant, verifier: PreTrainedModel, cache: KVCache) -> None:
-    """Compares the verifier that the assistant was trained for with this one.
-
-    Raises:
-        DrafterMismatchError: naming the first thing that differs, and both values.
-    """
-    found = fingerprint(verifier.config.get_text_config())
-    for name, trained_for in assistant.config.verifier.items():
-        if found.get(name) != trained_for:
-            raise DrafterMismatchError(
-                f"the drafter was trained for another verifier: {name} is {trained_for} there and "
-                f"{found.get(name)} here"
-            )
-    for index in assistant.config.source_layers:
-        if not cache.has_layer(index):
-            raise DrafterMismatchError(f"the verifier's layer {index} stores no K/V of its own")
 
 
 def check_gemma4_fit(assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache) -> None:
