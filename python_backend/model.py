@@ -191,5 +191,5 @@ class TritonPythonModel:
         with self._room:
             live = list(self._requests.items())
         for sequence, request in live:
-            if not sequence.cancelled and request.is_cancelled():
+            if sequence.cancellation is None and request.is_cancelled():
                 self._engine.cancel(sequence)

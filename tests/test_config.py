@@ -146,7 +146,7 @@ def test_relative_paths_are_relative_to_the_file(
         ({"temperature": -0.1}, r"temperature must be a number from 0 to 100, got -0\.1"),
         ({"temperature": float("nan")}, "temperature .* got nan"),
         ({"temperature": "hot"}, "temperature .* got 'hot'"),
-        ({"top_k": -1}, "top_k .* got -1"),
+        ({"top_k": -2}, "top_k .* got -2"),
         ({"top_k": 2.0}, r"top_k .* got 2\.0"),
         ({"top_p": 0}, "top_p must be above 0"),
         ({"top_p": 1.01}, "top_p"),

@@ -1,22 +1,27 @@
 """Speculative decoding with one KV cache for drafter and verifier."""
 
-from tandem.config import DrafterConfig, EngineConfig, SamplingParams
+from tandem.config import DrafterConfig, EngineConfig
 from tandem.engine import Engine
 from tandem.errors import (
     ConfigError,
+    DeadlineExceededError,
     DrafterMismatchError,
     EngineStoppedError,
     InvalidRequestError,
     RequestCancelledError,
+    StepError,
     TandemError,
     UnsupportedModelError,
     VerifierOutputError,
 )
+from tandem.logits import TokenLogprobs
 from tandem.outputs import Delta, RequestOutput
+from tandem.params import Guide, SamplingParams
 from tandem.sequence import FinishReason, Sequence
 
 __all__ = [
     "ConfigError",
+    "DeadlineExceededError",
     "Delta",
     "DrafterConfig",
     "DrafterMismatchError",
@@ -24,12 +29,15 @@ __all__ = [
     "EngineConfig",
     "EngineStoppedError",
     "FinishReason",
+    "Guide",
     "InvalidRequestError",
     "RequestCancelledError",
     "RequestOutput",
     "SamplingParams",
     "Sequence",
+    "StepError",
     "TandemError",
+    "TokenLogprobs",
     "UnsupportedModelError",
     "VerifierOutputError",
 ]

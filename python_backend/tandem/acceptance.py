@@ -11,12 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
+from tandem.logits import TokenLogprobs
+
 
 class Verdict(NamedTuple):
-    """What one sequence gains in a step: accepted drafts, then one token of the verifier's own."""
+    """What one sequence gains in a step: accepted drafts, then one token of the verifier's own.
+
+    `logprobs` has an entry for each token if the request asked for them.
+    """
 
     token_ids: list[int]
     num_accepted: int
+    logprobs: Items[TokenLogprobs] = ()
 
 
 def match(draft_ids: Items[int], verifier_ids: Items[int]) -> Verdict:

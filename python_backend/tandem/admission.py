@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import NO_DRAFTER, SamplingParams
+from tandem.config import NO_DRAFTER
 from tandem.errors import InvalidRequestError
+from tandem.grammar import GrammarCompiler
+from tandem.params import SamplingParams
 from tandem.sequence import Sequence
+from tandem.text import OutputText
 
 
 class Admission:
@@ -22,6 +25,7 @@ class Admission:
         tokenizer: PreTrainedTokenizerBase | None,
         vocab_size: int,
         max_model_len: int,
+        eos_token_ids: frozenset[int],
         lookaheads: Mapping[str, int],
         default_drafter: str,
     ) -> None:
@@ -30,6 +34,7 @@ class Admission:
         self._max_model_len = max_model_len
         self._lookaheads = {NO_DRAFTER: 0, **lookaheads}
         self._default_drafter = default_drafter
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, sorted(eos_token_ids))
         self._ids = itertools.count()
 
     def make_sequence(
@@ -43,6 +48,12 @@ class Admission:
         drafter = self._default_drafter if drafter is None else drafter
         max_lookahead = self._lookahead(drafter, num_speculative_tokens)
         token_ids = self._token_ids(prompt)
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        self._check_token_ids("logit_bias", params.logit_bias)
+        if self._tokenizer is None and (params.stop or params.bad_words or params.guide):
+            raise InvalidRequestError(
+                "the verifier has no tokenizer: stop, bad_words and guides need text"
+            )
         return Sequence(
             id=next(self._ids),
             token_ids=token_ids,
@@ -51,7 +62,25 @@ class Admission:
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             drafter=drafter,
             max_lookahead=max_lookahead,
+            bad_words=self._bad_words(params),
+            output_text=self._output_text(params),
+            grammar=self._grammars.compile(params.guide) if params.guide else None,
         )
+
+    def _output_text(self, params: SamplingParams) -> OutputText | None:
+        if not params.stop:
+            return None
+        assert self._tokenizer is not None
+        return OutputText(self._tokenizer, params.stop, min_tokens=params.min_tokens)
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each word as tokens, at the beginning of a text and after a space."""
+        if not params.bad_words:
+            return ()
+        assert self._tokenizer is not None
+        texts = [text for word in params.bad_words for text in (word, " " + word.lstrip())]
+        encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return tuple(sorted({tuple(ids) for ids in encoded if ids}))
 
     def _lookahead(self, drafter: str, limit: int | None) -> int:
         if drafter not in self._lookaheads:
@@ -74,12 +103,7 @@ class Admission:
             token_ids: list[int] = list(self._tokenizer(prompt)["input_ids"])
         else:
             token_ids = list(prompt)
-            for token_id in token_ids:
-                if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
-                    raise InvalidRequestError(
-                        f"prompt token ids must be whole numbers below {self._vocab_size}, "
-                        f"got {token_id!r}"
-                    )
+            self._check_token_ids("prompt token ids", token_ids)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token")
         if len(token_ids) >= self._max_model_len:
@@ -88,3 +112,10 @@ class Admission:
                 f"at most {self._max_model_len - 1} leave room for an answer"
             )
         return token_ids
+
+    def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"{name} must be whole numbers below {self._vocab_size}, got {token_id!r}"
+                )

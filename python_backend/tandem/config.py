@@ -1,4 +1,4 @@
-"""Configuration of the engine and of one request; every value is checked when it is made."""
+"""Configuration of the engine; every value is checked when it is made."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tandem.errors import ConfigError, InvalidRequestError
+from tandem.errors import ConfigError
 
 NO_DRAFTER = "none"
 DRAFTER_TYPES = ("mtp", "ngram")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-MAX_SEED = 2**64 - 1
-_GREEDY_TEMPERATURE = 1e-5
 
 T = TypeVar("T")
 
@@ -184,53 +182,3 @@ class EngineConfig:
                 for name, drafter in values["drafters"].items()
             }
         return _from_mapping(cls, values, str(path))
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request's tokens are chosen.
-
-    Attributes:
-        max_tokens: tokens to generate at most.
-        temperature: logits are divided by it; below 1e-5 the likeliest token is taken.
-        top_k: sample from the k likeliest tokens; 0 means all.
-        top_p: sample from the likeliest tokens that together reach this probability.
-        min_p: drop tokens below this share of the likeliest token's probability.
-        seed: 64-bit seed; the same seed gives the same tokens. One is drawn when None.
-        ignore_eos: go on after an end-of-sequence token.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        self._check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
-        self._check("temperature", self.temperature, float, 0, 100)
-        self._check("top_k", self.top_k, int, 0, 2**31 - 1)
-        self._check("top_p", self.top_p, float, 0, 1)
-        self._check("min_p", self.min_p, float, 0, 1)
-        if self.top_p == 0:
-            raise InvalidRequestError("top_p must be above 0 and at most 1, got 0")
-        if self.seed is not None:
-            self._check("seed", self.seed, int, 0, MAX_SEED)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequestError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, without noise."""
-        return self.temperature < _GREEDY_TEMPERATURE
-
-    @staticmethod
-    def _check(name: str, value: object, kind: type, low: float, high: float) -> None:
-        kinds = (int, float) if kind is float else (int,)
-        number = isinstance(value, kinds) and not isinstance(value, bool)
-        # A NaN fails the comparison.
-        if not number or not low <= value <= high:  # type: ignore[operator]
-            noun = "a number" if kind is float else "a whole number"
-            raise InvalidRequestError(f"{name} must be {noun} from {low} to {high}, got {value!r}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from itertools import islice
 from threading import Lock
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from tandem.acceptance import Verdict, match
 from tandem.admission import Admission
 from tandem.block_pool import BlockPool
-from tandem.config import NO_DRAFTER, EngineConfig, SamplingParams
+from tandem.config import NO_DRAFTER, EngineConfig
 from tandem.drafters import Drafter, DraftRequest
 from tandem.errors import (
     InvalidRequestError,
@@ -23,8 +24,10 @@ from tandem.errors import (
     VerifierOutputError,
 )
 from tandem.loading import load_drafter, load_verifier
+from tandem.logits import TokenLogprobs, adjust, token_logprobs
 from tandem.metrics import DrafterStats, EngineLoad, EngineStats
 from tandem.outputs import Delta, RequestOutput
+from tandem.params import SamplingParams
 from tandem.sampling import Draw, sample
 from tandem.scheduler import Scheduler
 from tandem.sequence import FinishReason, ScheduledSequence, Sequence
@@ -67,6 +70,7 @@ class Engine:
             loaded.tokenizer,
             loaded.model.config.get_text_config().vocab_size,
             loaded.max_model_len,
+            loaded.eos_token_ids,
             {name: d.num_speculative_tokens for name, d in config.drafter_configs.items()},
             config.drafter_name,
         )
@@ -112,9 +116,13 @@ class Engine:
             self.scheduler.add(sequence)
             self.stats.num_prompt_tokens += sequence.num_prompt_tokens
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence with the next step, whatever it is doing."""
-        sequence.cancelled = True
+    def cancel(self, sequence: Sequence, reason: TandemError | None = None) -> None:
+        """Ends a sequence with the next step, whatever it is doing.
+
+        Args:
+            reason: the error that the sequence ends with, `RequestCancelledError` if not given.
+        """
+        sequence.cancellation = reason or RequestCancelledError("the request was cancelled")
 
     @property
     def has_work(self) -> bool:
@@ -153,17 +161,26 @@ class Engine:
             return self.scheduler.schedule()
 
     def draft(self, batch: list[ScheduledSequence]) -> None:
-        """Lets each drafter guess for its sequences."""
+        """Lets each drafter guess for its sequences; a grammar that forces tokens needs none."""
         by_drafter: dict[str, list[ScheduledSequence]] = defaultdict(list)
         for scheduled in batch:
             if scheduled.num_draft_tokens > 0:
-                by_drafter[scheduled.sequence.drafter].append(scheduled)
+                scheduled.draft_ids = self._forced(scheduled)
+                if not scheduled.draft_ids:
+                    by_drafter[scheduled.sequence.drafter].append(scheduled)
         for name, group in by_drafter.items():
             requests = [DraftRequest(s.sequence, s.num_draft_tokens) for s in group]
             proposals = self.drafters[name].propose(requests)
             for scheduled, draft_ids in zip(group, proposals, strict=True):
                 assert len(draft_ids) <= scheduled.num_draft_tokens
-                scheduled.draft_ids = draft_ids
+                grammar = scheduled.sequence.grammar
+                count = len(draft_ids) if grammar is None else grammar.num_valid(draft_ids)
+                scheduled.draft_ids = draft_ids[:count]
+
+    @staticmethod
+    def _forced(scheduled: ScheduledSequence) -> list[int]:
+        grammar = scheduled.sequence.grammar
+        return [] if grammar is None else grammar.forced()[: scheduled.num_draft_tokens]
 
     def verify(self, batch: list[ScheduledSequence]) -> VerifierOutput:
         """One packed pass of the verifier over known tokens and drafts."""
@@ -178,25 +195,34 @@ class Engine:
         for one whose logits are not numbers.
         """
         yielding = [s for s in batch if s.yields_token]
-        draws = [
-            Draw(s.sequence.params, s.sequence.seed, s.sequence.num_tokens + offset)
-            for s in yielding
-            for offset in range(len(s.draft_ids) + 1)
-        ]
-        if not draws:
+        if not yielding:
             return [None] * len(batch)
         # A NaN or infinity anywhere in a row shows in its largest value.
         finite = output.logits.amax(dim=-1).isfinite().tolist()
-        token_ids = iter(zip(sample(output.logits, draws).tolist(), finite, strict=True))
+        logits = dict(
+            zip(yielding, output.logits.split([s.num_rows for s in yielding]), strict=True)
+        )
+        raw = {s: logits[s].clone() for s in yielding if s.sequence.params.logprobs is not None}
+        for scheduled in yielding:
+            adjust(logits[scheduled], scheduled.sequence, scheduled.draft_ids, self.eos_token_ids)
+        draws = [
+            Draw(s.sequence.params, s.sequence.seed, s.sequence.num_tokens + offset)
+            for s in yielding
+            for offset in range(s.num_rows)
+        ]
+        sampled = iter(zip(sample(output.logits, draws).tolist(), finite, strict=True))
         verdicts: list[Verdict | None] = []
         for scheduled in batch:
             if not scheduled.yields_token:
                 verdicts.append(None)
                 continue
-            rows = [next(token_ids) for _ in range(len(scheduled.draft_ids) + 1)]
-            sound = all(is_finite for _, is_finite in rows)
-            ids = [token_id for token_id, _ in rows]
-            verdicts.append(match(scheduled.draft_ids, ids) if sound else Verdict([], 0))
+            token_ids, sound = zip(*islice(sampled, scheduled.num_rows), strict=True)
+            verdict = match(scheduled.draft_ids, token_ids) if all(sound) else Verdict([], 0)
+            num_top = scheduled.sequence.params.logprobs
+            if num_top is not None:
+                logprobs = token_logprobs(raw[scheduled], verdict.token_ids, num_top)
+                verdict = verdict._replace(logprobs=logprobs)
+            verdicts.append(verdict)
         return verdicts
 
     def commit(
@@ -217,7 +243,7 @@ class Engine:
             drafter = self.drafters.get(sequence.drafter)
             if drafter is not None and not sequence.is_finished:
                 drafter.observe(sequence, output.hidden[row + verdict.num_accepted])
-            row += len(scheduled.draft_ids) + 1
+            row += scheduled.num_rows
         with self._lock:
             for scheduled in batch:
                 if scheduled.sequence.is_finished:
@@ -243,7 +269,12 @@ class Engine:
             counted.num_accepted_tokens += num_accepted
         self.stats.num_generation_tokens += len(appended)
         return Delta(
-            sequence, appended, len(scheduled.draft_ids), num_accepted, sequence.finish_reason
+            sequence,
+            appended,
+            len(scheduled.draft_ids),
+            num_accepted,
+            verdict.logprobs[: len(appended)],
+            sequence.finish_reason,
         )
 
     def _release(self, sequence: Sequence) -> None:
@@ -255,27 +286,24 @@ class Engine:
     def _end_cancelled(self) -> list[Delta]:
         with self._lock:
             live = [*self.scheduler.running, *self.scheduler.waiting]
-            return self._end(
-                [sequence for sequence in live if sequence.cancelled],
-                FinishReason.CANCELLED,
-                RequestCancelledError("the request was cancelled"),
-            )
+            return [
+                self._end(s, FinishReason.CANCELLED, s.cancellation) for s in live if s.cancellation
+            ]
 
-    def _end(
-        self, sequences: Iterable[Sequence], reason: FinishReason, error: TandemError
-    ) -> list[Delta]:
-        deltas = []
-        for sequence in sequences:
-            sequence.finish(reason, error)
-            self._release(sequence)
-            deltas.append(Delta(sequence, [], finish_reason=reason))
-        return deltas
+    def _end(self, sequence: Sequence, reason: FinishReason, error: TandemError) -> Delta:
+        sequence.finish(reason, error)
+        self._release(sequence)
+        return Delta(sequence, [], finish_reason=reason)
 
-    def abort(self, error: TandemError) -> list[Delta]:
-        """Ends every sequence with `error` and frees the cache; no step may be running."""
+    def abort(self, error: TandemError, *, waiting: bool = True) -> list[Delta]:
+        """Ends every sequence with `error` and frees its cache; no step may be running.
+
+        Args:
+            waiting: whether sequences that have not begun end as well.
+        """
         with self._lock:
-            live = [*self.scheduler.running, *self.scheduler.waiting]
-            return self._end(live, FinishReason.ERROR, error)
+            live = [*self.scheduler.running, *(self.scheduler.waiting if waiting else ())]
+            return [self._end(sequence, FinishReason.ERROR, error) for sequence in live]
 
     def check_integrity(self) -> None:
         """Recounts the block pool; cheap enough to call whenever the engine is idle."""
@@ -312,16 +340,19 @@ class Engine:
         return self._run(sequences)
 
     def _run(self, sequences: list[Sequence]) -> Iterator[RequestOutput]:
+        logprobs: dict[Sequence, list[TokenLogprobs]] = defaultdict(list)
         for sequence in sequences:
             self.add(sequence)
         try:
             for sequence in sequences:
                 while not sequence.is_finished:
-                    self.step()
-                yield RequestOutput.of(sequence, self.tokenizer)
+                    for delta in self.step():
+                        logprobs[delta.sequence] += delta.logprobs
+                yield RequestOutput.of(sequence, logprobs.pop(sequence, []), self.tokenizer)
         finally:
             # A step that failed, or a caller that stopped early, leaves nothing behind.
             error = RequestCancelledError("the caller stopped")
             with self._lock:
-                unfinished = [s for s in sequences if not s.is_finished]
-                self._end(unfinished, FinishReason.CANCELLED, error)
+                for sequence in sequences:
+                    if not sequence.is_finished:
+                        self._end(sequence, FinishReason.CANCELLED, error)

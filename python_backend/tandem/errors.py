@@ -6,7 +6,9 @@ TandemError                    INTERNAL
 ├── DrafterMismatchError       INVALID_ARG   drafter and verifier don't belong together
 ├── InvalidRequestError        INVALID_ARG   a request's prompt or parameter is out of range
 ├── RequestCancelledError      CANCELLED     the client went away or asked to stop
+├── DeadlineExceededError      UNAVAILABLE   the request's timeout passed
 ├── VerifierOutputError        INTERNAL      the verifier's logits for one request are not numbers
+├── StepError                  INTERNAL      a step failed; the requests that it ran are lost
 └── EngineStoppedError         UNAVAILABLE   the engine is shutting down or has failed
 """
 
@@ -51,8 +53,20 @@ class RequestCancelledError(TandemError):
     code = "CANCELLED"
 
 
+class DeadlineExceededError(TandemError):
+    """The request's timeout passed before it was done; Triton's own queue says the same."""
+
+    code = "UNAVAILABLE"
+
+
 class VerifierOutputError(TandemError):
     """The verifier produced logits that are not numbers for one request."""
+
+    code = "INTERNAL"
+
+
+class StepError(TandemError):
+    """A step failed, for example because memory ran out; others can still run."""
 
     code = "INTERNAL"
 
@@ -61,3 +75,9 @@ class EngineStoppedError(TandemError):
     """The engine takes no more work: it is shutting down, or a step failed."""
 
     code = "UNAVAILABLE"
+
+
+def shorten(value: object) -> str:
+    """How messages show a value that a client sent."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

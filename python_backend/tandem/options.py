@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.config import SamplingParams
 from tandem.errors import InvalidRequestError
+from tandem.params import SamplingParams
 
 _SAMPLING = {
     field.name: str(field.type).removesuffix(" | None")

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tandem.config import SamplingParams
+from tandem.params import SamplingParams
 
 _BLOCK = 256
 _FIRST_NUCLEUS = 1024

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from tandem.config import SamplingParams
-from tandem.errors import TandemError
+from tandem.errors import InvalidRequestError, TandemError
+from tandem.grammar import Grammar
+from tandem.params import SamplingParams
+from tandem.text import OutputText
 
 
 class FinishReason(StrEnum):
@@ -24,6 +26,10 @@ class Sequence:
 
     `token_ids` holds prompt and output. The K/V of the first `num_computed` tokens are in the
     cache and committed; while the sequence decodes, exactly one token is left to compute.
+
+    `bad_words` are those of `params` as tokens. `output_text` is there when stop strings have to be
+    looked for, `grammar` when the text has to match a guide. `stop_reason` is the stop string or
+    stop token that ended the text.
     """
 
     id: int
@@ -33,10 +39,14 @@ class Sequence:
     seed: int
     drafter: str
     max_lookahead: int
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    output_text: OutputText | None = None
+    grammar: Grammar | None = None
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    cancelled: bool = False
+    cancellation: TandemError | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     error: TandemError | None = None
     num_verify_steps: int = 0
     num_drafts: int = 0
@@ -79,15 +89,40 @@ class Sequence:
         """Appends tokens up to one that ends the sequence; those that were appended."""
         for index, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
-            if token_id in eos_token_ids and not self.params.ignore_eos:
-                self.finish(FinishReason.STOP)
-            elif (
-                self.num_output_tokens >= self.params.max_tokens or self.num_tokens >= max_model_len
-            ):
-                self.finish(FinishReason.LENGTH)
+            self._check_end(token_id, eos_token_ids, max_model_len)
             if self.is_finished:
                 return token_ids[: index + 1]
         return token_ids
+
+    def _check_end(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> None:
+        """Finishes the sequence if the token just appended ends it."""
+        params = self.params
+        if self.grammar is not None and not self.grammar.push(token_id):
+            error = InvalidRequestError(
+                "the guide and the other parameters together leave no token to generate"
+            )
+            self.finish(FinishReason.ERROR, error)
+        elif token_id in eos_token_ids and not params.ignore_eos:
+            self.finish(FinishReason.STOP)
+        elif token_id in params.stop_token_ids:
+            self.stop_reason = token_id
+            self.finish(FinishReason.STOP)
+        elif self._has_stop_string(token_id) or (
+            self.grammar is not None and self.grammar.is_complete
+        ):
+            self.finish(FinishReason.STOP)
+        elif self.num_output_tokens >= params.max_tokens or self.num_tokens >= max_model_len:
+            self.finish(FinishReason.LENGTH)
+
+    def _has_stop_string(self, token_id: int) -> bool:
+        if self.output_text is None:
+            return False
+        self.output_text.push([token_id])
+        self.stop_reason = self.output_text.matched
+        return self.stop_reason is not None
+
+    def _completes_grammar(self) -> bool:
+        return self.grammar is not None and self.grammar.is_complete
 
     def finish(self, reason: FinishReason, error: TandemError | None = None) -> None:
         """Ends the sequence; it never runs again."""
@@ -113,3 +148,8 @@ class ScheduledSequence:
     def yields_token(self) -> bool:
         """Whether the pass reaches the end of the known tokens, so that a next one is sampled."""
         return self.num_tokens == self.sequence.num_uncomputed
+
+    @property
+    def num_rows(self) -> int:
+        """Logits that a yielding sequence gets: behind its last known token and each draft."""
+        return len(self.draft_ids) + 1
