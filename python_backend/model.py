@@ -23,7 +23,15 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from tandem import Delta, Engine, EngineConfig, EngineStoppedError, Sequence, TandemError
+from tandem import (
+    Delta,
+    Engine,
+    EngineConfig,
+    EngineStoppedError,
+    Sequence,
+    StepError,
+    TandemError,
+)
 from tandem_triton.log import log_to_server
 from tandem_triton.metrics import MetricsExporter
 from tandem_triton.request import Request
@@ -36,6 +44,8 @@ logger = logging.getLogger("tandem")
 _MAX_BLOCK_SECONDS = 3.0
 _WATCH_SECONDS = 0.05
 _DRAIN_SECONDS = 5.0
+# Steps that fail one after the other before the engine counts as broken.
+_MAX_FAILURES = 3
 _SHUTTING_DOWN = EngineStoppedError("the server is shutting down")
 
 
@@ -56,6 +66,7 @@ class TritonPythonModel:
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._shutdown_signal = ShutdownSignal()
         self._closing = False
+        self._num_failures = 0
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("tandem-send", self._send), ("tandem-watch", self._watch))
@@ -93,28 +104,41 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None]:
         """Waits for room, queues the requests, and returns what runs them to their end."""
-        self._wait_for_room()
-        sequences = [self._admit(request) for request in requests]
-        return self._run([sequence for sequence in sequences if sequence is not None])
+        arrived = {Request(request, self._metrics): request for request in requests}
+        self._wait_for_room(arrived)
+        return self._run([s for pair in arrived.items() for s in self._admit(*pair)])
 
-    def _wait_for_room(self) -> None:
-        limit = self._engine.config.max_num_seqs
+    def _wait_for_room(self, arrived: dict[Request, Any]) -> None:
+        """Waits for a free slot; requests that are given up in the meantime end and leave."""
+        deadline = time.monotonic() + _MAX_BLOCK_SECONDS
         with self._room:
-            self._room.wait_for(lambda: len(self._requests) < limit, _MAX_BLOCK_SECONDS)
+            while len(self._requests) >= self._engine.config.max_num_seqs and arrived:
+                if time.monotonic() > deadline:
+                    return
+                self._room.wait(_WATCH_SECONDS)
+                for request in list(arrived):
+                    if (reason := request.reason_to_end()) is not None:
+                        self._outbox.put(partial(request.fail, reason))
+                        del arrived[request]
 
-    def _admit(self, triton_request: Any) -> Sequence | None:
-        request = Request(triton_request)
+    def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
         try:
-            sequence = request.read(triton_request, self._engine)
+            sequences = request.read(triton_request, self._engine)
             with self._room:
                 if self._stopped is not None:
                     raise self._stopped
-                self._requests[sequence] = request
+                self._requests.update(dict.fromkeys(sequences, request))
         except TandemError as error:
             self._outbox.put(partial(request.fail, error))
-            return None
-        self._engine.add(sequence)
-        return sequence
+            return []
+        except Exception as error:
+            # No input may harm the other requests of the call.
+            logger.exception("a request could not be read")
+            self._outbox.put(partial(request.fail, TandemError(f"internal error: {error!r}")))
+            return []
+        for sequence in sequences:
+            self._engine.add(sequence)
+        return sequences
 
     def is_ready(self) -> bool:
         """Asked by servers that know it: False once the engine has failed or is shutting down."""
@@ -143,9 +167,15 @@ class TritonPythonModel:
         try:
             deltas = self._engine.step()
         except Exception as error:
-            logger.exception("the engine failed; it takes no more requests")
-            self._stop(EngineStoppedError(f"the engine failed in a step: {error!r}"))
+            self._num_failures += 1
+            if self._num_failures < _MAX_FAILURES:
+                logger.exception("a step failed; the requests that were running end")
+                self._hand_out(self._engine.abort(_step_error(error), waiting=False))
+            else:
+                logger.exception("the engine failed; it takes no more requests")
+                self._stop(EngineStoppedError(f"the engine failed in a step: {error!r}"))
         else:
+            self._num_failures = 0
             self._hand_out(deltas)
 
     def _stop(self, error: EngineStoppedError) -> None:
@@ -160,7 +190,7 @@ class TritonPythonModel:
                 request = self._requests[delta.sequence]
                 if delta.finish_reason is not None:
                     del self._requests[delta.sequence]
-                self._outbox.put(partial(request.deliver, delta))
+                self._outbox.put(partial(request.deliver, delta, self._engine))
             self._room.notify_all()
 
     # --- on threads of their own
@@ -190,6 +220,12 @@ class TritonPythonModel:
     def _end_cancelled(self) -> None:
         with self._room:
             live = list(self._requests.items())
-        for sequence, request in live:
-            if sequence.cancellation is None and request.is_cancelled():
-                self._engine.cancel(sequence)
+        for request in {request for _, request in live}:
+            if (reason := request.reason_to_end()) is not None:
+                for sequence, owner in live:
+                    if owner is request and sequence.cancellation is None:
+                        self._engine.cancel(sequence, reason)
+
+
+def _step_error(error: Exception) -> StepError:
+    return StepError(f"a step of the engine failed, and this request was part of it: {error!r}")

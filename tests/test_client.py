@@ -40,7 +40,7 @@ def message(chunk: Chunk | None, *, final: bool = False) -> Any:
     counts = dataclasses.asdict(chunk)
     texts = {"text_output": counts.pop("text"), "finish_reason": counts.pop("finish_reason") or ""}
     for name, text in texts.items():
-        content = serialize_byte_tensor(np.array([[text.encode()]], np.object_)).item()
+        content = serialize_byte_tensor(np.array([text.encode()], np.object_)).item()
         add_output(response, name, "BYTES", content)
     for name, count in counts.items():
         add_output(response, name, "INT32", np.int32(count).tobytes())
@@ -48,7 +48,7 @@ def message(chunk: Chunk | None, *, final: bool = False) -> Any:
 
 
 def add_output(response: Any, name: str, kind: str, content: bytes) -> None:
-    response.infer_response.outputs.add(name=name, datatype=kind, shape=[1, 1])
+    response.infer_response.outputs.add(name=name, datatype=kind, shape=[1])
     response.infer_response.raw_output_contents.append(content)
 
 

@@ -188,11 +188,11 @@ def read_chunk(result: InferResult) -> Chunk:
     """The chunk that a response's tensors hold."""
 
     def text(name: str) -> str:
-        value: bytes = result.as_numpy(name)[0][0]
+        value: bytes = result.as_numpy(name)[0]
         return value.decode()
 
     def count(name: str) -> int:
-        return int(result.as_numpy(name)[0][0])
+        return int(result.as_numpy(name)[0])
 
     return Chunk(
         text=text("text_output"),

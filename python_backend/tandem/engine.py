@@ -147,18 +147,27 @@ class Engine:
     def step(self) -> list[Delta]:
         """Advances the running sequences by one verifier pass; what it added to each."""
         ended = self._end_cancelled()
-        batch = self.schedule()
+        with self.stats.time("schedule"):
+            batch = self.schedule()
         if not batch:
             return ended
-        self.draft(batch)
-        output = self.verify(batch)
-        verdicts = self.accept(batch, output)
-        return ended + self.commit(batch, output, verdicts)
+        with self.stats.time("draft"):
+            self.draft(batch)
+        with self.stats.time("verify"):
+            output = self.verify(batch)
+        with self.stats.time("accept"):
+            verdicts = self.accept(batch, output)
+        with self.stats.time("commit"):
+            return ended + self.commit(batch, output, verdicts)
 
     def schedule(self) -> list[ScheduledSequence]:
         """Chooses who runs, with how many tokens and how many drafts at most."""
         with self._lock:
-            return self.scheduler.schedule()
+            batch = self.scheduler.schedule()
+        now = time.monotonic()
+        for scheduled in batch:
+            scheduled.sequence.started_at = scheduled.sequence.started_at or now
+        return batch
 
     def draft(self, batch: list[ScheduledSequence]) -> None:
         """Lets each drafter guess for its sequences; a grammar that forces tokens needs none."""
@@ -199,9 +208,8 @@ class Engine:
             return [None] * len(batch)
         # A NaN or infinity anywhere in a row shows in its largest value.
         finite = output.logits.amax(dim=-1).isfinite().tolist()
-        logits = dict(
-            zip(yielding, output.logits.split([s.num_rows for s in yielding]), strict=True)
-        )
+        parts = output.logits.split_with_sizes([s.num_rows for s in yielding])
+        logits = dict(zip(yielding, parts, strict=True))
         raw = {s: logits[s].clone() for s in yielding if s.sequence.params.logprobs is not None}
         for scheduled in yielding:
             adjust(logits[scheduled], scheduled.sequence, scheduled.draft_ids, self.eos_token_ids)
@@ -267,6 +275,7 @@ class Engine:
             counted.num_drafts += bool(scheduled.draft_ids)
             counted.num_draft_tokens += len(scheduled.draft_ids)
             counted.num_accepted_tokens += num_accepted
+        stats.num_accepted_by_position.update(range(num_accepted))
         self.stats.num_generation_tokens += len(appended)
         return Delta(
             sequence,

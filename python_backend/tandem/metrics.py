@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+_MAX_PHASES = 10_000
 
 
 @dataclass
@@ -16,6 +22,8 @@ class DrafterStats:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    # How often the draft at each position, from 0, was accepted.
+    num_accepted_by_position: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass
@@ -25,6 +33,15 @@ class EngineStats:
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    # Seconds of the phases of recent steps, for whoever takes them away.
+    phases: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_MAX_PHASES))
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Records how long a phase took; on a GPU, what it left running counts to a later one."""
+        started = time.perf_counter()
+        yield
+        self.phases.append((phase, time.perf_counter() - started))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Sequence:
 
     `bad_words` are those of `params` as tokens. `output_text` is there when stop strings have to be
     looked for, `grammar` when the text has to match a guide. `stop_reason` is the stop string or
-    stop token that ended the text.
+    stop token that ended the text; `started_at` (`time.monotonic`) is when it was first scheduled.
     """
 
     id: int
@@ -42,6 +42,7 @@ class Sequence:
     bad_words: tuple[tuple[int, ...], ...] = ()
     output_text: OutputText | None = None
     grammar: Grammar | None = None
+    started_at: float | None = None
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     cancellation: TandemError | None = None

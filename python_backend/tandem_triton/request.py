@@ -2,144 +2,327 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
+import time
 from collections import Counter
+from collections.abc import Sequence as Items
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from tandem import Delta, Engine, FinishReason, InvalidRequestError, Sequence, TandemError
-from tandem.options import RequestOptions, parse_json, parse_options
-from tandem.text import Detokenizer
+from tandem import (
+    DeadlineExceededError,
+    Delta,
+    Engine,
+    EngineStoppedError,
+    FinishReason,
+    InvalidRequestError,
+    RequestCancelledError,
+    Sequence,
+    TandemError,
+)
+from tandem.options import NAMES, RequestOptions, parse_json, parse_options, with_bias
+from tandem.outputs import output_text, shown_ids
+from tandem_triton.inputs import read_prompt, read_tensor
+from tandem_triton.metrics import MetricsExporter
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_MAX_SEED = 2**64 - 1
 
 
 class Request:
-    """One Triton request: what it asks for, its text so far, and where its responses go."""
+    """One Triton request: what it asks for, its sequences, and where its responses go."""
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, metrics: MetricsExporter) -> None:
+        arrived_at = time.monotonic()
+        self._metrics = metrics
         self._sender = request.get_response_sender()
         self._lock = threading.Lock()
-        self._detokenizer: Detokenizer | None = None
         self._done = False
-        self._text = ""
-        self._accepted_text_length = 0
-        self._counts: Counter[str] = Counter()  # since the last response, by output
-        self._stream = False
+        self._choices: dict[Sequence, _Choice] = {}
+        timeout = request.timeout()  # microseconds, 0 for none
+        self._deadline = arrived_at + timeout / 1e6 if timeout else float("inf")
 
-    def read(self, request: Any, engine: Engine) -> Sequence:
-        """Makes the sequence that the request asks for.
+    def read(self, request: Any, engine: Engine) -> list[Sequence]:
+        """Makes the sequences that the request asks for.
 
         Raises:
             InvalidRequestError: naming the input or parameter.
         """
-        prompt = _string(request, "text_input")
-        assert prompt is not None, "Triton lets no request without text_input through"
-        options = _options(request)
         assert engine.tokenizer is not None
-        self._detokenizer = Detokenizer(engine.tokenizer)
-        self._stream = options.stream
-        return engine.make_sequence(
-            prompt,
-            options.params,
-            drafter=options.drafter,
-            num_speculative_tokens=options.num_speculative_tokens,
-        )
+        self._options = options = _options(request)
+        prompt = read_prompt(request, engine.tokenizer)
+        params = with_bias(options.params, _word_bias(options, engine.tokenizer))
+        echo = "" if isinstance(prompt, str) else str(engine.tokenizer.decode(prompt))
+        for index in range(options.n):
+            sequence = engine.make_sequence(
+                prompt,
+                params,
+                drafter=options.drafter,
+                num_speculative_tokens=options.num_speculative_tokens,
+            )
+            if options.n > 1 and not self._choices:  # the seed that was drawn is that of the first
+                params = dataclasses.replace(params, seed=sequence.seed)
+            elif options.n > 1:
+                sequence.seed = (sequence.seed + index) & _MAX_SEED
+            choice = _Choice(index, sequence, engine.tokenizer)
+            if not options.exclude_input_in_output:
+                choice.text = prompt if isinstance(prompt, str) else echo
+            self._choices[sequence] = choice
+        return list(self._choices)
 
-    def is_cancelled(self) -> bool:
-        """Whether the client went away. Asking after the last response would crash the server."""
+    def reason_to_end(self) -> TandemError | None:
+        """Why the request should be given up: its client is gone, or its time is over."""
+        if time.monotonic() > self._deadline:
+            return DeadlineExceededError("the request's timeout passed before it was done")
         with self._lock:
-            return not self._done and bool(self._sender.is_cancelled())
+            # Asking after the last response would crash the server.
+            if not self._done and self._sender.is_cancelled():
+                return RequestCancelledError("the request was cancelled")
+        return None
 
     def fail(self, error: TandemError) -> None:
         """Ends the request with an error."""
+        if self._done:
+            return
+        self._metrics.count("request_failure_total", reason=_REASONS.get(type(error), "error"))
         code = getattr(pb_utils.TritonError, error.code)
         self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)), _FINAL)
 
-    def deliver(self, delta: Delta) -> None:
-        """Adds what a step brought and sends it, if the client streams and there is text."""
-        assert self._detokenizer is not None
-        split = delta.num_accepted_tokens
-        accepted = self._detokenizer.push(delta.token_ids[:split])
-        text = accepted + self._detokenizer.push(delta.token_ids[split:])
-        if delta.finish_reason is not None:
-            text += self._detokenizer.flush()
-        if self._stream:
-            # Text is held back only while there is none, so all of it is this step's.
-            self._accepted_text_length = len(accepted)
-        self._text += text
-        self._counts.update(
-            num_output_tokens=len(delta.token_ids),
-            num_drafts=int(delta.num_draft_tokens > 0),
-            num_draft_tokens=delta.num_draft_tokens,
-            num_accepted_tokens=delta.num_accepted_tokens,
-        )
+    def deliver(self, delta: Delta, engine: Engine) -> None:
+        """Adds what a step brought and sends what is ready.
+
+        With `stream`, that is each step's text; without, all sequences once the last has ended. An
+        error of one sequence ends the others.
+        """
+        if self._done:
+            return
         if delta.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
             assert delta.sequence.error is not None
             self.fail(delta.sequence.error)
-        elif delta.finish_reason is not None:
-            self._send(self._response(delta.sequence, delta.finish_reason.value), _FINAL)
-        elif self._stream and self._text:
-            self._send(self._response(delta.sequence, ""))
+            for sequence in self._choices:
+                engine.cancel(sequence)
+            return
+        choice = self._choices[delta.sequence]
+        choice.add(delta)
+        if delta.finish_reason is not None:
+            choice.observe(self._metrics)
+        is_last = all(each.ended for each in self._choices.values())
+        if self._options.stream and (choice.text or choice.ended):
+            self._respond([choice], is_last)
+        elif is_last:
+            self._respond(list(self._choices.values()), is_last)
 
-    def _response(self, sequence: Sequence, finish_reason: str) -> Any:
-        response = pb_utils.InferenceResponse(
-            output_tensors=[
-                _tensor("text_output", self._text.encode(), np.object_),
-                _tensor("finish_reason", finish_reason.encode(), np.object_),
-                _tensor("num_input_tokens", sequence.num_prompt_tokens, np.int32),
-                *(_tensor(name, count, np.int32) for name, count in self._counts.items()),
-                _tensor("accepted_text_length", self._accepted_text_length, np.int32),
-            ]
-        )
-        self._text, self._accepted_text_length = "", 0
-        self._counts.clear()
-        return response
+    def _respond(self, choices: list[_Choice], is_last: bool) -> None:
+        columns: dict[str, list[Any]] = {}
+        for choice in choices:
+            for name, value in choice.take(self._options).items():
+                columns.setdefault(name, []).append(value)
+        tensors = [_tensor(name, values) for name, values in columns.items()]
+        response = pb_utils.InferenceResponse(output_tensors=tensors)
+        self._send(response, _FINAL if is_last else 0)
 
-    def _send(self, response: Any, flags: int = 0) -> None:
+    def _send(self, response: Any, flags: int) -> None:
         with self._lock:
             assert not self._done, "a request got a response after its last"
             self._done = flags == _FINAL
             self._sender.send(response, flags)
 
 
-def _tensor(name: str, value: object, dtype: Any) -> Any:
-    return pb_utils.Tensor(name, np.array([[value]], dtype=dtype))
+class _Choice:
+    """One of a request's sequences, and what of it hasn't been sent."""
+
+    def __init__(self, index: int, sequence: Sequence, tokenizer: Any) -> None:
+        self.index = index
+        self.ended = False
+        self.text = ""
+        self._sequence = sequence
+        self._shown = output_text(tokenizer, sequence)
+        self._tokenizer = tokenizer
+        self._admitted_at = time.monotonic()
+        self._first_token_at: float | None = None
+        self._accepted_text_length = 0
+        self._counts: Counter[str] = Counter()  # since the last response, by output
+        self._token_ids: list[int] = []
+        self._is_accepted_draft: list[bool] = []
+        self._logprobs: list[dict[str, Any]] = []
+        self._new_logprobs: list[float] = []
+        self._cumulative_logprob = 0.0
+
+    def add(self, delta: Delta) -> None:
+        """Adds what a step brought."""
+        if self._first_token_at is None:
+            self._first_token_at = time.monotonic()
+        self.ended = delta.finish_reason is not None
+        split = delta.num_accepted_tokens
+        shown = shown_ids(self._sequence, delta.token_ids) if self.ended else delta.token_ids
+        accepted = self._shown.push(shown[:split])
+        text = accepted + self._shown.push(shown[split:])
+        if self.ended:
+            text += self._shown.flush()
+        # Text of accepted drafts comes first in a response of one step; in others there is no such
+        # place.
+        self._accepted_text_length = 0 if self.text else len(accepted)
+        self.text += text
+        self._counts.update(
+            num_output_tokens=len(delta.token_ids),
+            num_drafts=int(delta.num_draft_tokens > 0),
+            num_draft_tokens=delta.num_draft_tokens,
+            num_accepted_tokens=split,
+        )
+        self._token_ids += delta.token_ids
+        self._is_accepted_draft += [place < split for place in range(len(delta.token_ids))]
+        for logprob in delta.logprobs:
+            self._cumulative_logprob += logprob.logprob
+            self._new_logprobs.append(logprob.logprob)
+            self._logprobs.append(_describe(logprob, self._tokenizer))
+
+    def take(self, options: RequestOptions) -> dict[str, Any]:
+        """The outputs of a response, which are gone from here then."""
+        sequence = self._sequence
+        reason = sequence.finish_reason if self.ended else None
+        outputs: dict[str, Any] = {
+            "text_output": self.text,
+            "finish_reason": reason.value if reason else "",
+            "sequence_index": self.index,
+            "num_input_tokens": sequence.num_prompt_tokens,
+            **{name: self._counts[name] for name in _COUNTS},
+            "accepted_text_length": self._accepted_text_length,
+        }
+        if options.return_token_ids:
+            outputs["output_ids"] = self._token_ids
+            outputs["is_accepted_draft"] = self._is_accepted_draft
+        if options.params.logprobs is not None:
+            outputs["logprobs"] = json.dumps(self._logprobs)
+            outputs["output_log_probs"] = self._new_logprobs
+            outputs["cumulative_logprob"] = self._cumulative_logprob
+            outputs["cum_log_probs"] = self._cumulative_logprob
+        if self.ended:
+            outputs |= self._totals()
+        self.text, self._accepted_text_length = "", 0
+        self._token_ids, self._is_accepted_draft = [], []
+        self._logprobs, self._new_logprobs = [], []
+        self._counts.clear()
+        return outputs
+
+    def observe(self, metrics: MetricsExporter) -> None:
+        """Reports how long a sequence that has ended took."""
+        sequence, now = self._sequence, time.monotonic()
+        assert sequence.finish_reason is not None
+        assert sequence.started_at is not None
+        assert self._first_token_at is not None
+        metrics.count("request_success_total", finished_reason=sequence.finish_reason.value)
+        for name, start, end in (
+            ("request_queue_time_seconds", self._admitted_at, sequence.started_at),
+            ("time_to_first_token_seconds", self._admitted_at, self._first_token_at),
+            ("e2e_request_latency_seconds", self._admitted_at, now),
+        ):
+            metrics.observe(name, end - start)
+        if sequence.num_output_tokens > 1:
+            seconds = (now - self._first_token_at) / (sequence.num_output_tokens - 1)
+            metrics.observe("time_per_output_token_seconds", seconds)
+
+    def _totals(self) -> dict[str, Any]:
+        sequence, now = self._sequence, time.monotonic()
+        first_token_at = self._first_token_at or now
+        return {
+            "stop_reason": "" if sequence.stop_reason is None else str(sequence.stop_reason),
+            "seed": sequence.seed,
+            "acceptance_rate": sequence.num_accepted_tokens / max(1, sequence.num_draft_tokens),
+            "total_draft_tokens": sequence.num_draft_tokens,
+            "total_accepted_draft_tokens": sequence.num_accepted_tokens,
+            "time_to_first_token": first_token_at - self._admitted_at,
+            "total_time": now - self._admitted_at,
+        }
 
 
-def _input(request: Any, name: str) -> Any:
-    """The one element of an input tensor, or None if it wasn't sent."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
-    values = tensor.as_numpy().reshape(-1)
-    if len(values) != 1:
-        raise InvalidRequestError(f"{name} must hold one element, got {len(values)}")
-    return values[0]
+# Errors -> how `/metrics` names them.
+_REASONS: dict[type[TandemError], str] = {
+    InvalidRequestError: "invalid",
+    RequestCancelledError: "cancelled",
+    DeadlineExceededError: "timeout",
+    EngineStoppedError: "stopped",
+}
+_COUNTS = ("num_output_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens")
+_DTYPES: dict[str, Any] = {
+    "text_output": np.object_,
+    "finish_reason": np.object_,
+    "stop_reason": np.object_,
+    "logprobs": np.object_,
+    "seed": np.uint64,
+    "is_accepted_draft": bool,
+    **dict.fromkeys(
+        (
+            "output_log_probs",
+            "cumulative_logprob",
+            "cum_log_probs",
+            "acceptance_rate",
+            "time_to_first_token",
+            "total_time",
+        ),
+        np.float32,
+    ),
+}
 
 
-def _string(request: Any, name: str) -> str | None:
-    value = _input(request, name)
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{name} is not valid UTF-8: {error}") from error
+def _tensor(name: str, values: list[Any]) -> Any:
+    """An output with an element, or a list, for each sequence; lists are padded with -1."""
+    dtype = _DTYPES.get(name, np.int32)
+    if isinstance(values[0], list):
+        width = max(map(len, values))
+        values = [[*row, *[-1] * (width - len(row))] for row in values]
+    elif dtype is np.object_:
+        values = [value.encode() for value in values]
+    return pb_utils.Tensor(name, np.array(values, dtype=dtype))
+
+
+def _describe(logprob: Any, tokenizer: Any) -> dict[str, Any]:
+    """As vLLM's backend writes them: token id -> log probability, rank and text."""
+    entries = {
+        token_id: {"logprob": value, "rank": rank}
+        for rank, (token_id, value) in enumerate(logprob.top, start=1)
+    }
+    chosen = {"logprob": logprob.logprob, "rank": logprob.rank}
+    # The chosen token comes first.
+    entries = {logprob.token_id: chosen} | entries
+    return {
+        str(token_id): {**entry, "decoded_token": tokenizer.decode([token_id])}
+        for token_id, entry in entries.items()
+    }
+
+
+# --- reading
 
 
 def _options(request: Any) -> RequestOptions:
-    """Tensors win over request parameters, of which the server adds some of its own."""
+    """Tensors win over `sampling_parameters`, and that over request parameters."""
+    tensors = {}
+    for tensor in request.inputs():
+        name = tensor.name()
+        if name in (*NAMES, "sampling_parameters"):
+            tensors[name] = read_tensor(tensor)
     parameters = {
         name: value
         for name, value in json.loads(request.parameters() or "{}").items()
-        if not name.startswith("triton_")
+        if not name.startswith("triton_")  # the server's own
     }
-    text = _string(request, "sampling_parameters")
-    stream = _input(request, "stream")
+    text = tensors.pop("sampling_parameters", None)
     return parse_options(
-        {} if stream is None else {"stream": bool(stream)},
+        tensors,
         parse_json("sampling_parameters", text) if text else {},
         parameters,
     )
+
+
+def _word_bias(options: RequestOptions, tokenizer: Any) -> dict[int, float]:
+    bias: dict[int, float] = {}
+    pairs: Items[tuple[str, float]] = list(
+        zip(options.embedding_bias_words, options.embedding_bias_weights, strict=True)
+    )
+    for word, weight in pairs:
+        for token_id in tokenizer(word, add_special_tokens=False)["input_ids"]:
+            bias[token_id] = bias.get(token_id, 0.0) + weight
+    return bias

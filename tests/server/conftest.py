@@ -16,6 +16,14 @@ from triton_server import TritonServer
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_MODEL_LEN = 16000
+CHAT_TEMPLATE = (
+    "{% if tools %}tools: {% for tool in tools %}{{ tool.name }}{% endfor %}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no such role: ' + message.role) }}{% endif %}"
+    "<turn>{{ message.role }}:{{ message.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant:{% endif %}"
+)
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
@@ -30,6 +38,7 @@ def write_repository(
     verifier: Path,
     name: str = "tandem",
     max_queue_size: int = 128,
+    max_batch_size: int = 8,
     **settings: Any,
 ) -> Path:
     """Adds a model to a repository: the published configuration, with a tiny verifier."""
@@ -38,6 +47,7 @@ def write_repository(
     config = (ROOT / "model_repository/tandem/config.pbtxt").read_text()
     config = config.replace('name: "tandem"', f'name: "{name}"')
     config = config.replace("max_queue_size: 128", f"max_queue_size: {max_queue_size}")
+    config = config.replace("max_batch_size: 8", f"max_batch_size: {max_batch_size}")
     # Triton's own parameter, shortened so that the test of it needn't wait.
     config += '\nparameters { key: "drain_seconds" value { string_value: "1" } }\n'
     (version.parent / "config.pbtxt").write_text(config)
@@ -58,10 +68,17 @@ def tiny_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory, tiny_verifier: Path) -> Path:
-    """Two models: `tandem`, and `short_queue`, in whose queue four requests have room."""
+    """`tandem`; `short_queue`, in whose queue four requests have room; and `vllm_format`.
+
+    The last takes tensors without a batch dimension, and its verifier has a chat template.
+    """
     directory = tmp_path_factory.mktemp("repository")
+    chat = tmp_path_factory.mktemp("chat") / "verifier"
+    shutil.copytree(tiny_verifier, chat)
+    (chat / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     write_repository(directory, tiny_verifier)
-    return write_repository(directory, tiny_verifier, "short_queue", max_queue_size=4)
+    write_repository(directory, tiny_verifier, "short_queue", max_queue_size=4)
+    return write_repository(directory, chat, "vllm_format", max_batch_size=0)
 
 
 @pytest.fixture(scope="session")

@@ -99,12 +99,12 @@ class Response:
         text = result.as_numpy("text_output")
         if text is not None:
             assert self.num_finals == 0, "a response came after the last"
-            self.texts.append(text[0][0].decode())
-            self.finish_reason = result.as_numpy("finish_reason")[0][0].decode()
+            self.texts.append(text[0].decode())
+            self.finish_reason = result.as_numpy("finish_reason")[0].decode()
             for name in COUNTS:
-                value = int(result.as_numpy(name)[0][0])
+                value = int(result.as_numpy(name)[0])
                 self.counts[name] = self.counts.get(name, 0) + value
-            self.counts["num_input_tokens"] = int(result.as_numpy("num_input_tokens")[0][0])
+            self.counts["num_input_tokens"] = int(result.as_numpy("num_input_tokens")[0])
         self.num_finals += message.parameters["triton_final_response"].bool_param
 
 

@@ -110,14 +110,19 @@ def test_http_generate_stream_gives_server_sent_events(
     assert [event["finish_reason"] for event in events[:-1]] == [""] * (len(events) - 1)
 
 
-def test_the_tensor_wins_over_request_parameters(server: TritonServer) -> None:
+def test_tensors_win_over_sampling_parameters_and_those_over_request_parameters(
+    server: TritonServer,
+) -> None:
+    sampling = {"max_tokens": "5", "seed": "7", "include_stop_str_in_output": True, "n": 1}
     body = {
         "text_input": "x",
-        "max_tokens": 9,
-        "ignore_eos": True,
-        "sampling_parameters": '{"max_tokens": "3"}',
+        "max_tokens": 3,  # an input of the model, so HTTP makes a tensor of it
+        "include_stop_str_in_output": "maybe",  # none, so it becomes a parameter
+        "sampling_parameters": json.dumps({"ignore_eos": True, **sampling}),
     }
-    assert post(server, "generate", body).json()["num_output_tokens"] == 3
+    answer = post(server, "generate", body).json()
+    assert answer["num_output_tokens"] == 3
+    assert answer["seed"] == 7
 
 
 def test_32_clients_against_8_slots_share_steps(server: TritonServer, engine: Engine) -> None:
@@ -251,7 +256,7 @@ def test_a_wrong_parameter_is_a_client_error_over_http(server: TritonServer) -> 
 def test_a_wrong_request_leaves_its_batch_alone(server: TritonServer, engine: Engine) -> None:
     with Stream(server) as stream:
         for number in range(12):
-            options = {"top_k": -1} if number % 3 == 0 else GREEDY
+            options = {"top_k": -2} if number % 3 == 0 else GREEDY
             stream.send(str(number), "hello", **options)
         responses = stream.responses(12)
     text = offline(engine, "hello", **GREEDY)[0]

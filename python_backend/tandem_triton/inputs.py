@@ -1,0 +1,81 @@
+"""A request's prompt, in any of the ways in which it can be given."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jinja2 import TemplateError
+
+from tandem import InvalidRequestError
+from tandem.errors import shorten
+
+PROMPT_INPUTS = ("text_input", "input_ids", "messages")
+
+
+def read_prompt(request: Any, tokenizer: Any) -> str | list[int]:
+    """The prompt, as text if it was given as text and else as token ids.
+
+    Raises:
+        InvalidRequestError: naming the input, or all of them if there isn't exactly one.
+    """
+    tensors = {tensor.name(): tensor for tensor in request.inputs()}
+    given = [name for name in PROMPT_INPUTS if name in tensors]
+    if len(given) != 1:
+        raise InvalidRequestError(
+            f"a request needs exactly one of {', '.join(PROMPT_INPUTS)}, got "
+            + (" and ".join(given) or "none")
+        )
+    value = read_tensor(tensors[given[0]])
+    if given == ["input_ids"]:
+        return value if isinstance(value, list) else [value]
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{given[0]} must hold one string, got {len(value)} elements")
+    if given == ["text_input"]:
+        return value
+    tools = read_tensor(tensors["tools"]) if "tools" in tensors else "null"
+    return render(_json("messages", value), _json("tools", tools), tokenizer)
+
+
+def render(messages: Any, tools: Any, tokenizer: Any) -> list[int]:
+    """A conversation as token ids, up to where the answer begins, by the model's chat template.
+
+    Raises:
+        InvalidRequestError: there is no template, or it can't make anything of the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidRequestError(
+            "messages can't be used: this model has no chat template; send text_input instead"
+        )
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
+    ):
+        raise InvalidRequestError(
+            "messages must be a list of objects with role and content, got " + shorten(messages)
+        )
+    try:
+        token_ids: list[int] = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, return_dict=False
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InvalidRequestError(
+            f"the chat template refuses these messages: {str(error)[:300]}"
+        ) from error
+    return token_ids
+
+
+def read_tensor(tensor: Any) -> Any:
+    """The element of an input tensor, or the list of them; strings are decoded."""
+    values = tensor.as_numpy().reshape(-1).tolist()
+    try:
+        values = [value.decode() if isinstance(value, bytes) else value for value in values]
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{tensor.name()} is not valid UTF-8: {error}") from error
+    return values if len(values) != 1 else values[0]
+
+
+def _json(name: str, text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{name} is not valid JSON: {error}") from error
