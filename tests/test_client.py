@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,18 @@ from tritonclient.utils import serialize_byte_tensor
 import tandem_client
 from tandem_client import Chunk, Completion, RequestError, ServerUnavailableError
 from tandem_client.cli import main, printer, summary
-from tandem_client.protocol import Exchange, make_request
+from tandem_client.protocol import Exchange, make_request, refusal
 
 CHUNK = Chunk(
     "naïve 🙂 text",
+    index=2,
+    stop_reason="END",
+    token_ids=(5, 6, 7, 8),
+    is_accepted_draft=(True, True, True, False),
+    logprobs=({"5": {"logprob": -0.5, "rank": 1, "decoded_token": "x"}},),
+    seed=2**64 - 1,
+    time_to_first_token=0.5,
+    total_time=1.5,
     accepted_text_length=7,
     finish_reason="stop",
     num_input_tokens=3,
@@ -37,18 +45,37 @@ def message(chunk: Chunk | None, *, final: bool = False) -> Any:
     response.infer_response.parameters["triton_final_response"].bool_param = final
     if chunk is None:
         return response
-    counts = dataclasses.asdict(chunk)
-    texts = {"text_output": counts.pop("text"), "finish_reason": counts.pop("finish_reason") or ""}
-    for name, text in texts.items():
-        content = serialize_byte_tensor(np.array([text.encode()], np.object_)).item()
-        add_output(response, name, "BYTES", content)
-    for name, count in counts.items():
-        add_output(response, name, "INT32", np.int32(count).tobytes())
+    for name in (
+        "accepted_text_length",
+        "num_input_tokens",
+        "num_output_tokens",
+        "num_drafts",
+        "num_draft_tokens",
+        "num_accepted_tokens",
+    ):
+        add_output(response, name, "INT32", np.int32(getattr(chunk, name)))
+    add_output(response, "sequence_index", "INT32", np.int32(chunk.index))
+    add_output(response, "text_output", "BYTES", chunk.text)
+    add_output(response, "finish_reason", "BYTES", chunk.finish_reason or "")
+    if chunk.token_ids:
+        add_output(response, "output_ids", "INT32", np.int32([chunk.token_ids]))
+        add_output(response, "is_accepted_draft", "BOOL", np.array([chunk.is_accepted_draft]))
+        add_output(response, "logprobs", "BYTES", json.dumps(chunk.logprobs))
+    if chunk.finish_reason:
+        add_output(response, "stop_reason", "BYTES", chunk.stop_reason or "")
+        add_output(response, "seed", "UINT64", np.uint64(chunk.seed))
+        add_output(response, "time_to_first_token", "FP32", np.float32(chunk.time_to_first_token))
+        add_output(response, "total_time", "FP32", np.float32(chunk.total_time))
     return response
 
 
-def add_output(response: Any, name: str, kind: str, content: bytes) -> None:
-    response.infer_response.outputs.add(name=name, datatype=kind, shape=[1])
+def add_output(response: Any, name: str, kind: str, value: Any) -> None:
+    shape = [1, *np.shape(value)[1:]]
+    response.infer_response.outputs.add(name=name, datatype=kind, shape=shape)
+    if isinstance(value, str):
+        content = serialize_byte_tensor(np.array([value.encode()], np.object_)).item()
+    else:
+        content = value.tobytes()
     response.infer_response.raw_output_contents.append(content)
 
 
@@ -75,6 +102,37 @@ def test_only_the_options_that_were_given_are_sent() -> None:
     assert all(list(tensor.shape) == [1, 1] for tensor in request.inputs)
 
 
+def test_a_prompt_may_be_tokens_or_a_conversation() -> None:
+    request = make_request("m", [3, 4, 5], stream=False, options={})
+    tensors = {tensor.name: tensor for tensor in request.inputs}
+    assert list(tensors["input_ids"].shape) == [1, 3]
+    assert list(tensors["input_ids"].contents.int_contents) == [3, 4, 5]
+    messages = [{"role": "user", "content": "hi"}]
+    tools = [{"name": "clock"}]
+    request = make_request("m", messages, stream=False, options={"tools": tools})
+    texts = {t.name: list(t.contents.bytes_contents) for t in request.inputs if t.name != "stream"}
+    assert {name: json.loads(text) for name, (text,) in texts.items()} == {
+        "messages": messages,
+        "tools": tools,
+        "sampling_parameters": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "text"),
+    [
+        ("INVALID_ARG: top_p: too large", "INVALID_ARG", "top_p: too large"),
+        ("[request id: <id_unknown>] Exceeds maximum queue size", "UNAVAILABLE", "Exceeds"),
+        ("Request for unknown model: 'x' is not found", "NOT_FOUND", "Request for unknown"),
+        ("unexpected shape for input 'top_k'", "INVALID_ARG", "unexpected shape"),
+    ],
+)
+def test_errors_have_a_code(message: str, code: str, text: str) -> None:
+    error = refusal(message)
+    assert error.code == code
+    assert str(error).startswith(text)
+
+
 def test_a_prompt_that_is_not_utf8_is_refused() -> None:
     with pytest.raises(RequestError, match="not valid UTF-8"):
         make_request("m", "\udcff", stream=True, options={})
@@ -82,7 +140,7 @@ def test_a_prompt_that_is_not_utf8_is_refused() -> None:
 
 @pytest.mark.parametrize("chunk", [CHUNK, Chunk("")])
 def test_a_response_is_read_as_it_was_sent(chunk: Chunk) -> None:
-    assert exchange().read(message(chunk)) == chunk
+    assert exchange().read(message(chunk)) == [chunk]
 
 
 def test_a_chunk_is_split_by_characters() -> None:
@@ -92,7 +150,7 @@ def test_a_chunk_is_split_by_characters() -> None:
 def test_the_end_may_come_by_itself_or_with_the_last_text() -> None:
     alone, together = exchange(), exchange()
     alone.read(message(CHUNK))
-    assert alone.read(message(None, final=True)) is None
+    assert alone.read(message(None, final=True)) == []
     together.read(message(CHUNK, final=True))
     alone.check_ended()
     together.check_ended()
@@ -111,7 +169,8 @@ def test_an_error_in_the_stream_is_the_requests() -> None:
 
 
 def test_a_completion_adds_the_chunks_up() -> None:
-    completion = Completion.of([Chunk("a", num_output_tokens=1), CHUNK], elapsed=0.5)
+    chunks = [Chunk("a", num_output_tokens=1), replace(CHUNK, index=0), CHUNK]
+    completion = Completion.of(chunks, elapsed=0.5)
     assert completion.text == "a" + CHUNK.text
     assert completion.finish_reason == "stop"
     assert completion.num_input_tokens == 3

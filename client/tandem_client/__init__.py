@@ -15,11 +15,11 @@ from tandem_client.errors import (
     ServerUnavailableError,
     TandemClientError,
 )
-from tandem_client.protocol import Chunk, Completion, Options
+from tandem_client.protocol import Chunk, Completion, Options, Prompt
 
 
 def generate(
-    prompt: str,
+    prompt: Prompt,
     *,
     url: str = DEFAULT_URL,
     model: str = DEFAULT_MODEL,
@@ -32,7 +32,7 @@ def generate(
 
 
 def stream(
-    prompt: str,
+    prompt: Prompt,
     *,
     url: str = DEFAULT_URL,
     model: str = DEFAULT_MODEL,
@@ -50,6 +50,7 @@ __all__ = [
     "Client",
     "Completion",
     "Options",
+    "Prompt",
     "RequestError",
     "RequestTimeoutError",
     "ServerUnavailableError",

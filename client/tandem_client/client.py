@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc  # type: ignore[import-untyped]
-from tritonclient.grpc import service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tandem_client.protocol import Chunk, Completion, Exchange, Options
+from tandem_client.protocol import Chunk, Completion, Exchange, Options, Prompt
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_MODEL = "tandem"
+_READY_SECONDS = 5.0
 
 # The stub rather than tritonclient's own streams: those allow one request at a time, lose errors
 # of the connection, and leave a thread behind for each request that is cancelled.
@@ -38,8 +39,8 @@ class Client:
         self._channel = grpc.insecure_channel(url)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
-    def generate(self, prompt: str, **options: Unpack[Options]) -> Completion:
-        """The whole answer to `prompt`.
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """The whole answer to `prompt`: text, token ids, or the messages of a conversation.
 
         Raises:
             TandemClientError: see `tandem_client.errors`.
@@ -48,7 +49,7 @@ class Client:
         chunks = list(self._request(prompt, False, options))
         return Completion.of(chunks, time.monotonic() - start)
 
-    def stream(self, prompt: str, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """The answer as it comes. Leaving the loop early cancels the request on the server.
 
         Raises:
@@ -71,13 +72,14 @@ class Client:
     ) -> None:
         self.close()
 
-    def _request(self, prompt: str, stream: bool, options: Options) -> Generator[Chunk, None, None]:
+    def _request(
+        self, prompt: Prompt, stream: bool, options: Options
+    ) -> Generator[Chunk, None, None]:
         exchange = Exchange(self.url, self.model, prompt, stream, options)
         call = self._stub.ModelStreamInfer(iter([exchange.request]), timeout=self.timeout)
         try:
             for message in call:
-                if (chunk := exchange.read(message)) is not None:
-                    yield chunk
+                yield from exchange.read(message)
             exchange.check_ended()
         except grpc.RpcError as error:
             raise exchange.explain(error) from error
@@ -100,15 +102,25 @@ class AsyncClient:
         # Made at the first request: it belongs to the event loop that runs then.
         return grpc.aio.insecure_channel(self.url)
 
-    async def generate(self, prompt: str, **options: Unpack[Options]) -> Completion:
+    async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """The whole answer to `prompt`; raises as `Client.generate` does."""
         start = time.monotonic()
         chunks = [chunk async for chunk in self._request(prompt, False, options)]
         return Completion.of(chunks, time.monotonic() - start)
 
-    def stream(self, prompt: str, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
         """The answer as it comes; raises as `Client.stream` does."""
         return self._request(prompt, True, options)
+
+    async def is_ready(self) -> bool:
+        """Whether the server answers and its model takes requests."""
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        request = service_pb2.ModelReadyRequest(name=self.model)
+        try:
+            answer = await stub.ModelReady(request, timeout=_READY_SECONDS)
+        except grpc.RpcError:
+            return False
+        return bool(answer.ready)
 
     async def close(self) -> None:
         """Closes the connection; running requests are cancelled."""
@@ -126,14 +138,14 @@ class AsyncClient:
         await self.close()
 
     async def _request(
-        self, prompt: str, stream: bool, options: Options
+        self, prompt: Prompt, stream: bool, options: Options
     ) -> AsyncGenerator[Chunk, None]:
         exchange = Exchange(self.url, self.model, prompt, stream, options)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         call = stub.ModelStreamInfer(iter([exchange.request]), timeout=self.timeout)
         try:
             async for message in call:
-                if (chunk := exchange.read(message)) is not None:
+                for chunk in exchange.read(message):
                     yield chunk
             exchange.check_ended()
         except grpc.RpcError as error:

@@ -16,7 +16,16 @@ class ServerUnavailableError(TandemClientError):
 
 
 class RequestError(TandemClientError):
-    """The server refused or failed the request; the message is the server's."""
+    """The server refused or failed the request; the message is the server's.
+
+    Attributes:
+        code: Triton's name for the kind of error: INVALID_ARG, NOT_FOUND, UNAVAILABLE, INTERNAL,
+            CANCELLED or UNSUPPORTED.
+    """
+
+    def __init__(self, message: str, code: str = "INVALID_ARG") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class RequestTimeoutError(TandemClientError):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import InferResult, service_pb2
@@ -17,44 +18,67 @@ from tandem_client.errors import (
     TandemClientError,
 )
 
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
 
 class Options(TypedDict, total=False):
     """How to generate; the server's defaults hold for what isn't given.
 
-    Keys:
-        max_tokens: tokens to generate at most.
-        temperature, top_k, top_p, min_p, seed: how tokens are chosen.
-        ignore_eos: go on after an end-of-sequence token.
-        drafter: which of the server's drafters guesses ahead; "none" for plain decoding.
-        num_speculative_tokens: draft tokens a step at most.
+    The keys are the server's (README.md, "Requests"). With `n` above 1, a stream's chunks belong to
+    different sequences; `Client.generate` gives the first. `tools` go to the chat template.
     """
 
     max_tokens: int
+    min_tokens: int
     temperature: float
     top_k: int
     top_p: float
     min_p: float
-    seed: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[str, float]
+    bad_words: Sequence[str]
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    include_stop_str_in_output: bool
     ignore_eos: bool
+    seed: int
+    n: int
+    logprobs: int
+    structured_outputs: Mapping[str, Any]
+    return_token_ids: bool
+    exclude_input_in_output: bool
     drafter: str
     num_speculative_tokens: int
+    tools: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step of the server added. The counts are this chunk's own.
+    """What one step of the server added to one sequence. The counts are this chunk's own.
 
     The first `accepted_text_length` characters of `text` are from drafts that were accepted.
+    `logprobs` and `token_ids` are there on request; `stop_reason`, `seed` and the seconds come with
+    a sequence's last chunk.
     """
 
     text: str
+    index: int = 0
     accepted_text_length: int = 0
     finish_reason: str | None = None
+    stop_reason: str | None = None
     num_input_tokens: int = 0
     num_output_tokens: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+    is_accepted_draft: tuple[bool, ...] = ()
+    logprobs: tuple[dict[str, Any], ...] = ()
+    seed: int | None = None
+    time_to_first_token: float | None = None
+    total_time: float | None = None
 
     @property
     def accepted_text(self) -> str:
@@ -73,6 +97,8 @@ class Completion:
 
     text: str
     finish_reason: str | None
+    stop_reason: str | None
+    seed: int | None
     num_input_tokens: int
     num_output_tokens: int
     num_drafts: int
@@ -82,11 +108,13 @@ class Completion:
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk], elapsed: float) -> Completion:
-        """Joins all chunks of an answer that took `elapsed` seconds."""
-        chunks = list(chunks)
+        """Joins the first sequence's chunks of an answer that took `elapsed` seconds."""
+        chunks = [chunk for chunk in chunks if chunk.index == 0]
         return cls(
             text="".join(chunk.text for chunk in chunks),
             finish_reason=chunks[-1].finish_reason if chunks else None,
+            stop_reason=chunks[-1].stop_reason if chunks else None,
+            seed=chunks[-1].seed if chunks else None,
             num_input_tokens=chunks[-1].num_input_tokens if chunks else 0,
             num_output_tokens=sum(chunk.num_output_tokens for chunk in chunks),
             num_drafts=sum(chunk.num_drafts for chunk in chunks),
@@ -123,25 +151,27 @@ class Exchange:
         RequestError: the prompt has characters that UTF-8 can't hold.
     """
 
-    def __init__(self, url: str, model: str, prompt: str, stream: bool, options: Options) -> None:
+    def __init__(
+        self, url: str, model: str, prompt: Prompt, stream: bool, options: Options
+    ) -> None:
         self._url = url
         self._answered = self._ended = False
         self.request = make_request(model, prompt, stream=stream, options=options)
 
-    def read(self, message: Any) -> Chunk | None:
-        """One response's chunk; None for one that only marks the end.
+    def read(self, message: Any) -> list[Chunk]:
+        """One response's chunks; none for one that only marks the end.
 
         Raises:
             RequestError: the server refused or failed the request.
         """
         self._answered = True
         if message.error_message:
-            raise RequestError(message.error_message)
+            raise refusal(message.error_message)
         response = message.infer_response
         # Reading an absent key of the map would add it.
         if "triton_final_response" in response.parameters:
             self._ended = response.parameters["triton_final_response"].bool_param
-        return read_chunk(InferResult(response)) if response.outputs else None
+        return read_chunks(InferResult(response)) if response.outputs else []
 
     def check_ended(self) -> None:
         """Raises ServerUnavailableError if the stream ended before its last response."""
@@ -154,7 +184,7 @@ class Exchange:
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return RequestTimeoutError("the answer was not complete in time")
         if code is not grpc.StatusCode.UNAVAILABLE:
-            return RequestError(f"{code.name}: {details}")
+            return RequestError(f"{code.name}: {details}", _CODES.get(code, "INTERNAL"))
         if self._answered:
             return ServerUnavailableError(f"lost the connection to {self._url}: {details}")
         return ServerUnavailableError(
@@ -163,44 +193,97 @@ class Exchange:
         )
 
 
-def make_request(model: str, prompt: str, *, stream: bool, options: Options) -> Any:
-    """The message for one request, each of its tensors of shape `[1, 1]`.
+_CODES = {
+    grpc.StatusCode.NOT_FOUND: "NOT_FOUND",
+    grpc.StatusCode.INVALID_ARGUMENT: "INVALID_ARG",
+    grpc.StatusCode.CANCELLED: "CANCELLED",
+}
+# What Triton itself says; it gives no code within a stream.
+_TRITON_TEXTS = {
+    "unknown model": "NOT_FOUND",
+    "not found": "NOT_FOUND",
+    "is not ready": "UNAVAILABLE",
+    "maximum queue size": "UNAVAILABLE",
+    "timeout expired": "UNAVAILABLE",
+}
+
+
+def refusal(message: str) -> RequestError:
+    """The error that the server put into a stream."""
+    text = re.sub(r"^\[request id: [^]]*\] ", "", message)
+    code, colon, rest = text.partition(": ")
+    if colon and code.isupper() and " " not in code:
+        return RequestError(rest, code)
+    codes = [code for part, code in _TRITON_TEXTS.items() if part in text]
+    return RequestError(text, codes[0] if codes else "INVALID_ARG")
+
+
+def make_request(model: str, prompt: Prompt, *, stream: bool, options: Options) -> Any:
+    """The message for one request, each of its tensors of shape `[1, n]`.
 
     Raises:
         RequestError: the prompt has characters that UTF-8 can't hold.
     """
-    try:
-        text = prompt.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"the prompt is not valid UTF-8: {error}") from error
-    sampling = {name: value for name, value in options.items() if value is not None}
+    sampling: dict[str, Any] = {n: value for n, value in options.items() if value is not None}
+    tools = sampling.pop("tools", None)
+    texts = {"sampling_parameters": json.dumps(sampling)}
+    if tools is not None:
+        texts["tools"] = json.dumps(tools)
+    token_ids: list[int] = []
+    if isinstance(prompt, str):
+        texts["text_input"] = prompt
+    elif all(isinstance(item, int) for item in prompt):
+        token_ids = cast("list[int]", list(prompt))
+    else:
+        texts["messages"] = json.dumps(list(prompt))
     request = service_pb2.ModelInferRequest(model_name=model)
     request.parameters["triton_enable_empty_final_response"].bool_param = True
-    for name, value in (("text_input", text), ("sampling_parameters", json.dumps(sampling))):
+    for name, text in texts.items():
+        try:
+            content = text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is not valid UTF-8: {error}") from error
         tensor = request.inputs.add(name=name, datatype="BYTES", shape=[1, 1])
-        tensor.contents.bytes_contents.append(value if isinstance(value, bytes) else value.encode())
+        tensor.contents.bytes_contents.append(content)
+    if token_ids:
+        tensor = request.inputs.add(name="input_ids", datatype="INT32", shape=[1, len(token_ids)])
+        tensor.contents.int_contents.extend(token_ids)
     tensor = request.inputs.add(name="stream", datatype="BOOL", shape=[1, 1])
     tensor.contents.bool_contents.append(stream)
     return request
 
 
-def read_chunk(result: InferResult) -> Chunk:
-    """The chunk that a response's tensors hold."""
+def read_chunks(result: InferResult) -> list[Chunk]:
+    """A response's chunks, one for each sequence that it is about."""
+    names = [output.name for output in result.get_response().outputs]
+    outputs = {name: result.as_numpy(name).tolist() for name in names}
+    rows = [dict(zip(outputs, row, strict=True)) for row in zip(*outputs.values(), strict=True)]
+    return [_chunk(row) for row in rows]
 
-    def text(name: str) -> str:
-        value: bytes = result.as_numpy(name)[0]
-        return value.decode()
 
-    def count(name: str) -> int:
-        return int(result.as_numpy(name)[0])
-
+def _chunk(outputs: dict[str, Any]) -> Chunk:
+    counts = {name: outputs[name] for name in _COUNTS}
+    token_ids = [token_id for token_id in outputs.get("output_ids", ()) if token_id >= 0]
     return Chunk(
-        text=text("text_output"),
-        accepted_text_length=count("accepted_text_length"),
-        finish_reason=text("finish_reason") or None,
-        num_input_tokens=count("num_input_tokens"),
-        num_output_tokens=count("num_output_tokens"),
-        num_drafts=count("num_drafts"),
-        num_draft_tokens=count("num_draft_tokens"),
-        num_accepted_tokens=count("num_accepted_tokens"),
+        text=outputs["text_output"].decode(),
+        index=outputs["sequence_index"],
+        finish_reason=outputs["finish_reason"].decode() or None,
+        stop_reason=outputs.get("stop_reason", b"").decode() or None,
+        token_ids=tuple(token_ids),
+        is_accepted_draft=tuple(outputs.get("is_accepted_draft", ())[: len(token_ids)]),
+        logprobs=tuple(json.loads(outputs.get("logprobs", b"[]"))),
+        seed=outputs.get("seed"),
+        time_to_first_token=outputs.get("time_to_first_token"),
+        total_time=outputs.get("total_time"),
+        **counts,
     )
+
+
+_COUNTS = (
+    "accepted_text_length",
+    "num_input_tokens",
+    "num_output_tokens",
+    "num_drafts",
+    "num_draft_tokens",
+    "num_accepted_tokens",
+)

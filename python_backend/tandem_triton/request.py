@@ -89,8 +89,10 @@ class Request:
         if self._done:
             return
         self._metrics.count("request_failure_total", reason=_REASONS.get(type(error), "error"))
+        # Within a gRPC stream Triton passes the text on, but not the code.
         code = getattr(pb_utils.TritonError, error.code)
-        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)), _FINAL)
+        triton_error = pb_utils.TritonError(f"{error.code}: {error}", code)
+        self._send(pb_utils.InferenceResponse(error=triton_error), _FINAL)
 
     def deliver(self, delta: Delta, engine: Engine) -> None:
         """Adds what a step brought and sends what is ready.

@@ -70,14 +70,14 @@ def tiny_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def repository(tmp_path_factory: pytest.TempPathFactory, tiny_verifier: Path) -> Path:
     """`tandem`; `short_queue`, in whose queue four requests have room; and `vllm_format`.
 
-    The last takes tensors without a batch dimension, and its verifier has a chat template.
+    The last takes tensors without a batch dimension. The last two have a chat template.
     """
     directory = tmp_path_factory.mktemp("repository")
     chat = tmp_path_factory.mktemp("chat") / "verifier"
     shutil.copytree(tiny_verifier, chat)
     (chat / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     write_repository(directory, tiny_verifier)
-    write_repository(directory, tiny_verifier, "short_queue", max_queue_size=4)
+    write_repository(directory, chat, "short_queue", max_queue_size=4)
     return write_repository(directory, chat, "vllm_format", max_batch_size=0)
 
 

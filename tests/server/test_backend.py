@@ -21,7 +21,7 @@ from triton_server import EXIT_TIMEOUT_SECONDS, ServerError, TritonServer
 
 pytestmark = pytest.mark.server
 
-SHUTTING_DOWN = "the server is shutting down"
+SHUTTING_DOWN = "UNAVAILABLE: the server is shutting down"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40}
 
 

@@ -1,0 +1,150 @@
+"""Tandem's chunks as the objects of the OpenAI API."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tandem_client import Chunk
+
+Kind = Literal["chat.completion", "text_completion"]
+
+
+@dataclass
+class Usage:
+    """Counts over all of a request's chunks."""
+
+    num_input_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
+    num_output_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    def add(self, prompt: int, chunk: Chunk) -> None:
+        """Counts a chunk of the answer to prompt number `prompt`."""
+        self.num_input_tokens[prompt] = chunk.num_input_tokens
+        for name in (
+            "num_output_tokens",
+            "num_drafts",
+            "num_draft_tokens",
+            "num_accepted_tokens",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(chunk, name))
+
+    def to_json(self) -> dict[str, Any]:
+        """OpenAI's `usage`, and what speculation did."""
+        prompt_tokens = sum(self.num_input_tokens.values())
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self.num_output_tokens,
+            "total_tokens": prompt_tokens + self.num_output_tokens,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.num_accepted_tokens,
+                "rejected_prediction_tokens": self.num_draft_tokens - self.num_accepted_tokens,
+            },
+            "speculation": {
+                "num_drafts": self.num_drafts,
+                "num_draft_tokens": self.num_draft_tokens,
+                "num_accepted_tokens": self.num_accepted_tokens,
+                "acceptance_rate": self.num_accepted_tokens / max(1, self.num_draft_tokens),
+                "mean_acceptance_length": 1 + self.num_accepted_tokens / max(1, self.num_drafts),
+            },
+        }
+
+
+class Writer:
+    """Writes the objects of one answer, all under one id."""
+
+    def __init__(self, kind: Kind, model: str, num_top: int | None) -> None:
+        """Starts an answer.
+
+        Args:
+            num_top: how many of the likeliest tokens to report; None for no log probabilities.
+        """
+        self._num_top = num_top
+        self._offsets: Counter[int] = Counter()  # characters so far, by choice
+        self._is_chat = kind == "chat.completion"
+        prefix = "chatcmpl" if self._is_chat else "cmpl"
+        self._head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._begun: set[int] = set()
+
+    def chunk(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        """The object of a stream for one chunk of choice `index`."""
+        choice: dict[str, Any] = {"index": index, "finish_reason": chunk.finish_reason}
+        if self._is_chat:
+            choice["delta"] = {"content": chunk.text}
+            if index not in self._begun:
+                choice["delta"]["role"] = "assistant"
+                self._begun.add(index)
+        else:
+            choice["text"] = chunk.text
+        choice["logprobs"] = self._logprobs(index, [chunk])
+        choice["accepted_text_length"] = chunk.accepted_text_length
+        return self._stream_head() | {"choices": [choice]}
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """The last object of a stream that was asked for it."""
+        return self._stream_head() | {"choices": [], "usage": usage.to_json()}
+
+    def whole(self, answers: dict[int, list[Chunk]], usage: Usage) -> dict[str, Any]:
+        """The object of an answer that isn't streamed; `answers` are chunks by choice."""
+        choices = []
+        for index, chunks in sorted(answers.items()):
+            text = "".join(chunk.text for chunk in chunks)
+            choice: dict[str, Any] = {
+                "index": index,
+                "finish_reason": chunks[-1].finish_reason,
+                "stop_reason": chunks[-1].stop_reason,
+                "seed": chunks[-1].seed,
+                "logprobs": self._logprobs(index, chunks),
+            }
+            if self._is_chat:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                choice["text"] = text
+            choices.append(choice)
+        return self._head | {"choices": choices, "usage": usage.to_json()}
+
+    def _stream_head(self) -> dict[str, Any]:
+        return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})
+
+    def _logprobs(self, index: int, chunks: Iterable[Chunk]) -> dict[str, Any] | None:
+        if self._num_top is None:
+            return None
+        # For each token its entries, the chosen one first.
+        tokens = [list(token.values()) for chunk in chunks for token in chunk.logprobs]
+        tops = [
+            sorted((e for e in entries if e["rank"] <= self._num_top), key=lambda e: e["rank"])
+            for entries in tokens
+        ]
+        chosen = [entries[0] for entries in tokens]
+        if self._is_chat:
+            content = [
+                {**_token(entry), "top_logprobs": [_token(other) for other in top]}
+                for entry, top in zip(chosen, tops, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        offsets = []
+        for entry in chosen:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(entry["decoded_token"])
+        return {
+            "tokens": [entry["decoded_token"] for entry in chosen],
+            "token_logprobs": [entry["logprob"] for entry in chosen],
+            "top_logprobs": [{e["decoded_token"]: e["logprob"] for e in top} for top in tops],
+            "text_offset": offsets,
+        }
+
+
+def _token(entry: dict[str, Any]) -> dict[str, Any]:
+    text = entry["decoded_token"]
+    return {"token": text, "logprob": entry["logprob"], "bytes": list(text.encode())}

@@ -1,0 +1,325 @@
+"""The OpenAI gateway in front of a real server, with the real `openai` package and a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import pytest
+import requests
+from openai import OpenAI
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from stream import TIMEOUT, metric, wait_until
+
+from tandem import Engine, SamplingParams
+from triton_runtime import ROOT
+from triton_server import TritonServer
+
+pytestmark = pytest.mark.server
+
+KEY = "secret"
+PROMPT = "one two three"
+OPTIONS: dict[str, Any] = {"max_tokens": 30, "temperature": 1.0, "seed": 3}
+QUESTION = "The planets of the solar system are"
+SCREENSHOT = ROOT / "docs" / "chat.png"
+
+
+@contextmanager
+def gateway(server: TritonServer, model: str, *options: str, keys: str = "") -> Iterator[str]:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+    command = [sys.executable, "-m", "tandem_gateway.cli", "--url", server.grpc_url]
+    process = subprocess.Popen(
+        [*command, "--model", model, "--port", str(port), *options],
+        env={**os.environ, "TANDEM_API_KEYS": keys},
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: is_up(url))
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) in (0, -signal.SIGINT, 130)
+
+
+def is_up(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health", timeout=1).status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def url(server: TritonServer) -> Iterator[str]:
+    """A gateway with a key; its model has no chat template."""
+    with gateway(server, "tandem", "--max-body-bytes", "100000", keys=f"other,{KEY}") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chat_url(server: TritonServer) -> Iterator[str]:
+    """A gateway without keys; its model has a chat template."""
+    with gateway(server, "short_queue") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def chat(chat_url: str) -> OpenAI:
+    return OpenAI(base_url=f"{chat_url}/v1", api_key="none", max_retries=0)
+
+
+def offline(engine: Engine, prompt: str = PROMPT, **options: Any) -> str:
+    params = SamplingParams(**{**OPTIONS, **options})
+    output = next(engine.generate([prompt], params, drafter="none"))
+    assert output.text is not None
+    return output.text
+
+
+def test_models(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tandem"]
+    assert client.models.retrieve("tandem").id == "tandem"
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
+        client.models.retrieve("other")
+
+
+def test_a_completion(client: OpenAI, engine: Engine) -> None:
+    answer = client.completions.create(model="tandem", prompt=PROMPT, **OPTIONS)
+    assert answer.choices[0].text == offline(engine)
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(PROMPT)
+    assert answer.usage.total_tokens == len(PROMPT) + answer.usage.completion_tokens
+
+
+def test_a_streamed_completion(client: OpenAI, engine: Engine) -> None:
+    options = {**OPTIONS, "temperature": 0.0, "max_tokens": 60}
+    stream = client.completions.create(
+        model="tandem",
+        prompt=PROMPT,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True, "drafter": "ngram", "num_speculative_tokens": 3},
+        **options,
+    )
+    *chunks, last = list(stream)
+    assert "".join(c.choices[0].text for c in chunks) == offline(
+        engine, temperature=0.0, ignore_eos=True, max_tokens=60
+    )
+    assert len(chunks) > 1
+    assert last.choices == []
+    speculation = last.usage.speculation
+    details = last.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens == speculation["num_accepted_tokens"] > 0
+    assert speculation["num_draft_tokens"] <= 3 * speculation["num_drafts"]
+    for chunk in chunks:
+        assert 0 <= chunk.choices[0].accepted_text_length <= len(chunk.choices[0].text)
+
+
+def test_several_prompts_and_sequences(client: OpenAI, engine: Engine) -> None:
+    """Choice n * i + j is sequence j of prompt i, whose seed is `seed + j`."""
+    prompts = ["abc", "xyz"]
+    expected = [offline(engine, prompt, seed=3 + j) for prompt in prompts for j in range(2)]
+    answer = client.completions.create(model="tandem", prompt=prompts, n=2, **OPTIONS)
+    assert [choice.text for choice in answer.choices] == expected
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 6
+    texts = [""] * 4
+    for chunk in client.completions.create(
+        model="tandem", prompt=prompts, n=2, stream=True, **OPTIONS
+    ):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == expected
+
+
+def test_prompts_of_tokens_and_echo(client: OpenAI, engine: Engine) -> None:
+    ids = engine.tokenizer(PROMPT)["input_ids"]
+    answer = client.completions.create(model="tandem", prompt=ids, echo=True, **OPTIONS)
+    assert answer.choices[0].text == PROMPT + offline(engine)
+
+
+def test_stop_and_logprobs(client: OpenAI, engine: Engine) -> None:
+    text = offline(engine)
+    stop = re.findall("[!-~]", text)[1]
+    answer = client.completions.create(
+        model="tandem", prompt=PROMPT, stop=stop, logprobs=2, **OPTIONS
+    )
+    choice = answer.choices[0]
+    assert choice.text == text[: text.index(stop)]
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs is not None
+    assert len(choice.logprobs.tokens or []) == answer.usage.completion_tokens
+    assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs or [])
+    assert (choice.logprobs.text_offset or [])[:2] == [0, len((choice.logprobs.tokens or "")[0])]
+
+
+def test_a_conversation(chat: OpenAI, engine: Engine) -> None:
+    messages: Any = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+    ]
+    prompt = "<turn>system:be brief<end><turn>user:hi<end><turn>assistant:"
+    answer = chat.chat.completions.create(
+        model="short_queue", messages=messages, logprobs=True, top_logprobs=2, **OPTIONS
+    )
+    assert answer.choices[0].message.content == offline(engine, prompt)
+    assert answer.choices[0].logprobs is not None
+    content = answer.choices[0].logprobs.content or []
+    assert len(content) == answer.usage.completion_tokens
+    assert all(len(token.top_logprobs) == 2 for token in content)
+    tools: Any = [{"type": "function", "function": {"name": "f"}, "name": "clock"}]
+    answer = chat.chat.completions.create(
+        model="short_queue", messages=messages, tools=tools, **OPTIONS
+    )
+    assert answer.choices[0].message.content == offline(engine, f"tools: clock{prompt}")
+    stream = chat.chat.completions.create(
+        model="short_queue", messages=messages, stream=True, **OPTIONS
+    )
+    deltas = [chunk.choices[0].delta for chunk in stream]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == offline(engine, prompt)
+
+
+def test_structured_answers(chat: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    formats: list[Any] = [
+        {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+        {"type": "json_object"},
+    ]
+    messages: Any = [{"role": "user", "content": "hi"}]
+    for response_format in formats:
+        answer = chat.chat.completions.create(
+            model="short_queue",
+            messages=messages,
+            response_format=response_format,
+            logit_bias={"96": 100},  # a closing brace, where it is allowed
+            **{**OPTIONS, "max_tokens": 200},
+        )
+        assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
+
+
+def post(url: str, path: str, body: Any, key: str = KEY) -> requests.Response:
+    headers = {"Authorization": f"Bearer {key}"}
+    return requests.post(f"{url}{path}", json=body, headers=headers, timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"prompt": "x"}, 400, "model: Field required"),
+        ({"model": "tandem"}, 400, "prompt: Field required"),
+        ({"model": "gpt", "prompt": "x"}, 404, "the model 'gpt' does not exist"),
+        ({"model": "tandem", "prompt": "x", "temprature": 1}, 400, "temprature: Extra inputs"),
+        ({"model": "tandem", "prompt": "x", "n": 0}, 400, "n: Input should be greater"),
+        ({"model": "tandem", "prompt": "x", "temperature": -1}, 400, "temperature must be"),
+        ({"model": "tandem", "prompt": "x", "drafter": "y"}, 400, "unknown drafter 'y'"),
+        ({"model": "tandem", "prompt": "", "stream": True}, 400, "prompt: give at least one"),
+        ({"model": "tandem", "prompt": []}, 400, "prompt: give at least one"),
+        ({"model": "tandem", "prompt": "x" * 200_000}, 413, "larger than 100000 bytes"),
+    ],
+)
+def test_errors_are_openais(url: str, body: Any, status: int, message: str) -> None:
+    answer = post(url, "/v1/completions", body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_model_without_a_template_says_so(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="no chat template") as refusal:
+        client.chat.completions.create(
+            model="tandem", messages=[{"role": "user", "content": "hi"}], stream=True
+        )
+    assert refusal.value.code == "no_chat_template"
+
+
+def test_keys(url: str) -> None:
+    body = {"model": "tandem", "prompt": "x"}
+    for key in ("wrong", "", f"{KEY}x", "ü"):
+        headers = {"Authorization": f"Bearer {key}".encode()}
+        answer = requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=TIMEOUT)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert requests.get(f"{url}/v1/models", timeout=TIMEOUT).status_code == 401
+    assert requests.get(f"{url}/health", timeout=TIMEOUT).status_code == 200
+    assert requests.get(f"{url}/nowhere", timeout=TIMEOUT).json()["error"]["code"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_the_server(
+    server: TritonServer, url: str, stream: bool
+) -> None:
+    body = {"model": "tandem", "prompt": "x", "max_tokens": 15000, "ignore_eos": True}
+    command = ["curl", "-sN", f"{url}/v1/completions", "-H", "Content-Type: application/json"]
+    command += ["-H", f"Authorization: Bearer {KEY}", "-d", json.dumps({**body, "stream": stream})]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: metric(server, "num_requests_running") == 1)
+        process.kill()
+    wait_until(lambda: metric(server, "num_requests_running") == 0, seconds=3)
+
+
+def test_an_absent_server_is_unavailable() -> None:
+    from fastapi.testclient import TestClient
+
+    from tandem_gateway import create_app
+
+    with TestClient(create_app("127.0.0.1:9", "tandem")) as client:
+        assert client.get("/health").status_code == 503
+        answer = client.post("/v1/completions", json={"model": "tandem", "prompt": "x"})
+    assert answer.status_code == 503
+    assert "no server answers at 127.0.0.1:9" in answer.json()["error"]["message"]
+
+
+def test_the_chat_page() -> None:
+    """A text is continued in headless Chromium, by the default models; accepted text is tinted.
+
+    It writes the README's screenshot when SCREENSHOT=1.
+    """
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    driver_path = shutil.which("chromedriver")
+    if browser_path is None or driver_path is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser_path
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=900,700"):
+        options.add_argument(argument)
+    service = webdriver.ChromeService(driver_path)
+    with (
+        TritonServer(ROOT / "model_repository") as server,
+        gateway(server, "tandem") as url,
+        webdriver.Chrome(options=options, service=service) as browser,
+    ):
+        browser.get(url)
+        browser.execute_script("document.querySelector('#temperature').value = 0")
+        browser.find_element(By.ID, "prompt").send_keys(QUESTION, Keys.ENTER)
+        status = browser.find_element(By.ID, "status")
+        wait_until(lambda: "acceptance" in status.text.lower(), 90)
+        (answer,) = browser.find_elements(By.CSS_SELECTOR, ".message.assistant")
+        tinted = browser.find_elements(By.CSS_SELECTOR, ".accepted")
+        assert 0 < sum(len(part.text) for part in tinted) < len(answer.text)
+        assert not browser.find_elements(By.CSS_SELECTOR, ".message.error")
+        if os.environ.get("SCREENSHOT"):
+            browser.save_screenshot(SCREENSHOT)
