@@ -10,21 +10,33 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
+
+from rich.live import Live
 
 from tandem_client.client import DEFAULT_MODEL, DEFAULT_URL, Client
 from tandem_client.errors import RequestError, ServerUnavailableError, TandemClientError
-from tandem_client.protocol import Chunk, Completion, Options
+from tandem_client.protocol import Chunk, Completion, Options, Prompt
+from tandem_client.stats import DEFAULT_METRICS_URL, compare, read_sample, render
 
 OK, FAILED, UNREACHABLE, INTERRUPTED = 0, 1, 3, 130
 
-_EXAMPLES = """examples:
+_EXIT_STATUS = """
+exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 no server, 130 interrupted
+"""
+_GENERATE_EXAMPLES = f"""examples:
   tandem generate "The capital of France is" --max-tokens 32 --temperature 0
   tandem generate - --drafter none < prompt.txt
   tandem generate "Once upon a time" --seed 7 --json
-
-exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 no server, 130 interrupted
-"""
+{_EXIT_STATUS}"""
+_CHAT_EXAMPLES = f"""examples:
+  tandem chat
+  tandem chat --system "Answer in one sentence." --max-tokens 64
+{_EXIT_STATUS}"""
+_STATS_EXAMPLES = f"""examples:
+  tandem stats
+  tandem stats --json --interval 10 --metrics-url http://triton:8002/metrics
+{_EXIT_STATUS}"""
 _TINT, _PLAIN = "\033[32m", "\033[0m"
 
 
@@ -32,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parsed = _parser().parse_args(arguments)
     try:
-        return _generate(parsed)
+        status: int = parsed.run(parsed)
+        return status
     except KeyboardInterrupt:
         print("\ncancelled, on the server too", file=sys.stderr)
         return INTERRUPTED
@@ -50,35 +63,78 @@ def _parser() -> argparse.ArgumentParser:
         prog="tandem", description="Client of a Triton server that has the Tandem backend."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, epilog: str) -> Any:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument("--model", default=DEFAULT_MODEL, help=f"model name ({DEFAULT_MODEL})")
+        return command
+
+    command = add(
         "generate",
-        help="generate text and show it as it comes",
-        description="Streams the answer to a prompt. Text that the drafter guessed right is green.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _generate,
+        "stream the answer to a prompt; text that the drafter guessed right is green",
+        _GENERATE_EXAMPLES,
     )
     command.add_argument("prompt", help="the text to continue; - reads standard input")
+    command.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    _add_options(command)
+
+    command = add(
+        "chat",
+        _chat,
+        "talk with a model that has a chat template; Ctrl-D ends it, Ctrl-C an answer",
+        _CHAT_EXAMPLES,
+    )
+    command.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
+    _add_options(command)
+
+    command = add(
+        "stats",
+        _stats,
+        "show what the server is doing, until Ctrl-C",
+        _STATS_EXAMPLES,
+    )
+    command.add_argument("--metrics-url", default=DEFAULT_METRICS_URL, help=DEFAULT_METRICS_URL)
+    command.add_argument(
+        "--interval", type=_seconds, default=2.0, metavar="S", help="seconds between looks (2)"
+    )
+    command.add_argument("--json", action="store_true", help="print one look as JSON and end")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 3600")
+    return value
+
+
+def _add_options(command: Any) -> None:
     options = command.add_argument_group("how to generate (default: as the server does)")
     options.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: 128")
     options.add_argument("--temperature", type=float, metavar="T", help="0: the likeliest token")
     options.add_argument("--top-k", type=int, metavar="K")
     options.add_argument("--top-p", type=float, metavar="P")
     options.add_argument("--min-p", type=float, metavar="P")
+    options.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
     options.add_argument("--seed", type=int, metavar="N", help="the same seed, the same text")
     options.add_argument("--drafter", metavar="NAME", help='"none" for plain decoding')
     options.add_argument("--num-speculative-tokens", type=int, metavar="K", help="drafts a step")
     command.add_argument("--url", default=DEFAULT_URL, help=f"gRPC address ({DEFAULT_URL})")
-    command.add_argument("--model", default=DEFAULT_MODEL, help=f"model name ({DEFAULT_MODEL})")
     command.add_argument("--timeout", type=float, metavar="S", help="seconds for the answer")
-    command.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    return parser
 
 
 def _generate(parsed: argparse.Namespace) -> int:
     prompt = read_input() if parsed.prompt == "-" else parsed.prompt
     client = Client(parsed.url, parsed.model, parsed.timeout)
-    given = {name: getattr(parsed, name, None) for name in Options.__optional_keys__}
-    options = cast("Options", {name: value for name, value in given.items() if value is not None})
+    options = _options(parsed)
     show = ignore if parsed.json else printer(sys.stdout)
     completion = follow(client, prompt, options, show)
     if parsed.json:
@@ -93,6 +149,61 @@ def _generate(parsed: argparse.Namespace) -> int:
     return OK
 
 
+def _options(parsed: argparse.Namespace) -> Options:
+    given = {name: getattr(parsed, name, None) for name in Options.__optional_keys__}
+    return cast("Options", {name: value for name, value in given.items() if value is not None})
+
+
+def _chat(parsed: argparse.Namespace) -> int:
+    messages: list[dict[str, str]] = []
+    if parsed.system:
+        messages.append({"role": "system", "content": parsed.system})
+    with Client(parsed.url, parsed.model, parsed.timeout) as client:
+        while (text := _ask()) is not None:
+            messages.append({"role": "user", "content": text})
+            try:
+                completion = follow(client, messages, _options(parsed), printer(sys.stdout))
+            except KeyboardInterrupt:
+                print("\n(stopped)", file=sys.stderr)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": completion.text})
+            sys.stdout.flush()
+            print(f"\n{summary(completion)}", file=sys.stderr)
+    return OK
+
+
+def _ask() -> str | None:
+    """The next line that isn't empty; None at the end of the input."""
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the input is not valid UTF-8: {error}") from error
+        if text.strip():
+            return text
+
+
+def _stats(parsed: argparse.Namespace) -> int:
+    before = read_sample(parsed.metrics_url, parsed.model)
+    if parsed.json:
+        time.sleep(parsed.interval)
+        figures = compare(before, read_sample(parsed.metrics_url, parsed.model))
+        print(json.dumps(dataclasses.asdict(figures)))
+        return OK
+    try:
+        with Live(f"looking for {parsed.interval:g} s ...", auto_refresh=False) as live:
+            while True:
+                time.sleep(parsed.interval)
+                after = read_sample(parsed.metrics_url, parsed.model)
+                live.update(render(compare(before, after)), refresh=True)
+                before = after
+    except KeyboardInterrupt:
+        return OK
+
+
 def read_input() -> str:
     """Standard input; raises RequestError if it isn't UTF-8."""
     try:
@@ -102,7 +213,7 @@ def read_input() -> str:
 
 
 def follow(
-    client: Client, prompt: str, options: Options, show: Callable[[Chunk], None]
+    client: Client, prompt: Prompt, options: Options, show: Callable[[Chunk], None]
 ) -> Completion:
     """Streams an answer to `show`, and returns it whole."""
     start, chunks = time.monotonic(), []

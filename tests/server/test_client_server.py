@@ -171,3 +171,82 @@ def test_a_closed_pipe_ends_the_command_quietly(server: TritonServer) -> None:
         assert process.stderr.read() == b""
     assert process.wait(timeout=10) == 0
     wait_until(lambda: is_idle(server))
+
+
+def command(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "tandem_client.cli", *arguments]
+    return subprocess.run(line, input=text, capture_output=True, text=True, timeout=60)
+
+
+def test_chat_keeps_the_conversation(server: TritonServer) -> None:
+    options = ["--url", server.grpc_url, "--model", "short_queue", "--temperature", "0"]
+    options += ["--max-tokens", "12"]
+    result = command("chat", *options, "--system", "be brief", text="hello\n\nand you?\n")
+    assert result.returncode == 0, result.stderr
+    with Client(server.grpc_url, "short_queue") as client:
+        messages = [{"role": "system", "content": "be brief"}]
+        for question in ("hello", "and you?"):
+            messages.append({"role": "user", "content": question})
+            answer = client.generate(messages, temperature=0.0, max_tokens=12).text
+            messages.append({"role": "assistant", "content": answer})
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert result.stdout == "".join(answers)
+    assert result.stderr.count("tokens/s") == 2
+
+
+def test_chat_needs_a_template(server: TritonServer) -> None:
+    result = command("chat", "--url", server.grpc_url, text="hello\n")
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "error: messages can't be used: this model has no chat template"
+    )
+
+
+def test_stats_show_what_the_server_does(server: TritonServer, client: Client) -> None:
+    options = ["--metrics-url", server.metrics_url, "--interval", "1"]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.generate, PROMPT, max_tokens=1500, ignore_eos=True)
+        wait_until(lambda: metric(server, "num_requests_running") == 1)
+        result = command("stats", "--json", *options)
+        running.result()
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["num_running"] == 1
+    assert figures["tokens_per_second"] >= figures["steps_per_second"] > 0
+    assert 0 < figures["kv_cache_usage"] < 1
+    drafter = figures["drafters"]["ngram"]
+    assert 0 <= drafter["acceptance_rate"] <= 1
+    by_position = drafter["acceptance_by_position"]
+    assert by_position == sorted(by_position, reverse=True)
+    assert drafter["mean_acceptance_length"] == pytest.approx(1 + sum(by_position))
+
+
+def test_stats_run_until_they_are_stopped(server: TritonServer) -> None:
+    line = [sys.executable, "-m", "tandem_client.cli", "stats", "--interval", "0.2"]
+    with subprocess.Popen(
+        [*line, "--metrics-url", server.metrics_url], stdout=subprocess.PIPE, text=True
+    ) as process:
+        threading.Timer(3, process.send_signal, [signal.SIGINT]).start()
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "tokens/s" in output
+    assert "ngram" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--metrics-url", "http://127.0.0.1:9/metrics"], 3, "no metrics at http://127.0.0.1:9"),
+        (["--metrics-url", "nowhere"], 3, "no metrics at nowhere"),
+        (["--model", "other"], 1, "shows no metrics of a model 'other'"),
+        (["--interval", "0"], 2, "0 is not above 0"),
+    ],
+)
+def test_stats_say_what_is_wrong(
+    server: TritonServer, options: list[str], status: int, message: str
+) -> None:
+    if "--metrics-url" not in options:
+        options = [*options, "--metrics-url", server.metrics_url]
+    result = command("stats", *options)
+    assert result.returncode == status
+    assert message in result.stderr
