@@ -72,7 +72,7 @@ def test_a_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
     ("name", "settings", "message"),
     [
         ("none", {"type": "ngram"}, "taken by plain decoding"),
-        ("eagle", {}, r"drafters\.eagle: unknown type 'eagle'; known: mtp, ngram"),
+        ("eagle", {}, r"drafters\.eagle: unknown type 'eagle'; known: causal_lm, mtp, ngram"),
         ("mtp", {}, "needs 'model'"),
         ("mtp", {"model": 5}, "needs 'model', a directory or hub id, got 5"),
         ("ngram", {"name": "x"}, "leave 'name' out"),

@@ -24,17 +24,23 @@ def sequence(token_ids: list[int], number: int = 0) -> Sequence:
 
 
 def scan(text: list[int], min_size: int, max_size: int, count: int) -> list[int]:
-    """Copies what follows the last earlier occurrence of the longest suffix that has one."""
-    for size in range(min(max_size, len(text) - 1), min_size - 1, -1):
-        suffix = text[-size:]
-        for end in range(len(text) - 1, size - 1, -1):
-            if text[end - size : end] == suffix:
-                text = list(text)
-                start = len(text)
-                for offset in range(count):
-                    text.append(text[end + offset])
-                return text[start:]
-    return []
+    """What follows the longest of the last 32 matches; the commonest of equals, then the latest."""
+    suffix = text[-min_size:]
+    ends = [end for end in range(min_size, len(text)) if text[end - min_size : end] == suffix]
+    sizes = {}
+    for end in ends[-32:] if len(text) >= min_size else []:
+        limit = min(max_size, end)
+        sizes[end] = max(s for s in range(min_size, limit + 1) if text[end - s : end] == text[-s:])
+    if not sizes:
+        return []
+    best = [end for end, size in sizes.items() if size == max(sizes.values())]
+    following = [text[end] for end in best]
+    end = max(best, key=lambda end: (following.count(text[end]), end))
+    text = list(text)
+    start = len(text)
+    for offset in range(count):
+        text.append(text[end + offset])
+    return text[start:]
 
 
 @given(
@@ -91,3 +97,30 @@ def test_proposing_leaves_the_text_alone() -> None:
     one = sequence([1, 2, 1, 2])
     NgramDrafter(1, 2).propose([DraftRequest(one, 8)])
     assert one.token_ids == [1, 2, 1, 2]
+
+
+def test_the_commonest_continuation_wins() -> None:
+    text = [1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2]
+    assert NgramDrafter(1, 2).propose([DraftRequest(sequence(text), 1)]) == [[3]]
+
+
+def test_other_requests_help_only_where_they_are_shared() -> None:
+    for num_shared_tokens, guess in ((0, []), (100, [3, 4, 5])):
+        drafter = NgramDrafter(2, 8, num_shared_tokens)
+        ended = sequence([1, 2, 3, 4, 5], 1)
+        drafter.propose([DraftRequest(ended, 3)])
+        drafter.forget(ended)
+        new = DraftRequest(sequence([7, 1, 2], 2), 3)
+        assert drafter.propose([new]) == [guess]
+
+
+def test_shared_texts_are_bounded() -> None:
+    drafter = NgramDrafter(2, 8, num_shared_tokens=10)
+    for number in range(5):
+        ended = sequence([10 * number + offset for offset in range(5)], number)
+        drafter.propose([DraftRequest(ended, 3)])
+        drafter.forget(ended)
+    known = [
+        drafter.propose([DraftRequest(sequence([10 * n, 10 * n + 1], 9), 1)]) for n in range(5)
+    ]
+    assert known == [[[]], [[]], [[]], [[32]], [[42]]]

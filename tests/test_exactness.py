@@ -42,13 +42,26 @@ def use(monkeypatch: pytest.MonkeyPatch, engine: Engine, drafter: str) -> str:
     return "ngram"
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "oracle", "wrong", "half", "mtp"])
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        "ngram",
+        "oracle",
+        "wrong",
+        "half",
+        "mtp",
+        "causal_lm",
+        "ngram+mtp",
+        "ngram+causal_lm",
+    ],
+)
 def test_tokens_equal_plain_decoding_for_every_lookahead(
     engines, monkeypatch: pytest.MonkeyPatch, drafter: str
 ) -> None:
     """All temperatures, filters and lookaheads 1 to 8 in one batch."""
-    verifier = "gemma-4-E2B" if drafter == "mtp" else "llama"
-    engine = engines(verifier, mtp=drafter == "mtp", **WIDE)
+    verifier = "gemma-4-E2B" if "mtp" in drafter else "llama"
+    causal_lm = "qwen-3" if "causal_lm" in drafter else None
+    engine = engines(verifier, mtp="mtp" in drafter, causal_lm=causal_lm, **WIDE)
     expected = outputs_by_seed(engine)
     name = use(monkeypatch, engine, drafter)
     sequences = [
@@ -91,13 +104,13 @@ def test_tokens_equal_plain_decoding_with_each_assistant(engines, verifier: str)
 
 
 def test_drafters_share_a_batch(engines) -> None:
-    """Plain, n-gram and MTP sequences side by side."""
-    engine = engines("gemma-4-E2B", mtp=True, **WIDE)
+    """Plain, n-gram, MTP and causal LM sequences side by side."""
+    engine = engines("gemma-4-E2B", mtp=True, causal_lm="llama", **WIDE)
     expected = outputs_by_seed(engine)
     sequences = [
         engine.make_sequence(prompt, params, drafter=drafter)
         for prompt, params in REQUESTS
-        for drafter in ("none", "ngram", "mtp")
+        for drafter in ("none", "ngram", "mtp", "causal_lm")
     ]
     run(engine, sequences)
     for sequence in sequences:
@@ -123,15 +136,16 @@ def test_tokens_alone_equal_tokens_among_32_others(engines, verifier: str) -> No
         assert sequences[16].output_ids == expected
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "oracle", "half", "mtp"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "oracle", "half", "mtp", "causal_lm"])
 def test_preemption_changes_no_token(
     engines, monkeypatch: pytest.MonkeyPatch, drafter: str
 ) -> None:
     """A pool that holds two of twelve sequences at full length."""
     mtp = drafter == "mtp"
     verifier = "gemma-4-31B" if mtp else "llama"
+    causal_lm = "qwen-3" if drafter == "causal_lm" else None
     roomy = engines(verifier, mtp=mtp)
-    tight = engines(verifier, mtp=mtp, max_model_len=60, kv_cache_tokens=100)
+    tight = engines(verifier, mtp=mtp, causal_lm=causal_lm, max_model_len=60, kv_cache_tokens=100)
     expected = outputs_by_seed(roomy)
     if drafter in DOUBLES:
         monkeypatch.setitem(tight.drafters, "ngram", DOUBLES[drafter](expected))
@@ -181,10 +195,10 @@ def test_blocks_of_rejected_drafts_are_given_back(
             assert len(sequence.block_table) == filled
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "mtp"])
+@pytest.mark.parametrize("drafter", ["ngram", "mtp", "causal_lm", "ngram+causal_lm"])
 def test_arrivals_change_no_token(engines, drafter: str) -> None:
     """Requests that join a running batch, one a step, with prompts of several chunks."""
-    engine = engines("gemma-4-31B", mtp=True, max_num_batched_tokens=16)
+    engine = engines("gemma-4-31B", mtp=True, causal_lm="llama", max_num_batched_tokens=16)
     expected = plain(engine, REQUESTS)
     sequences = [
         engine.make_sequence(prompt, params, drafter=drafter) for prompt, params in REQUESTS
@@ -197,10 +211,12 @@ def test_arrivals_change_no_token(engines, drafter: str) -> None:
     assert [sequence.output_ids for sequence in sequences] == expected
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "mtp"])
+@pytest.mark.parametrize("drafter", ["ngram", "mtp", "causal_lm", "ngram+causal_lm"])
 def test_cancelling_frees_blocks_and_changes_no_other_token(engines, drafter: str) -> None:
     """Sequences that decode, that are half prefilled and that wait are cancelled at once."""
-    engine = engines("gemma-4-31B", mtp=True, max_num_seqs=6, max_num_batched_tokens=16)
+    engine = engines(
+        "gemma-4-31B", mtp=True, causal_lm="llama", max_num_seqs=6, max_num_batched_tokens=16
+    )
     expected = plain(engine, REQUESTS)
     sequences = [
         engine.make_sequence(prompt, params, drafter=drafter) for prompt, params in REQUESTS
@@ -257,10 +273,10 @@ def test_abort_ends_every_sequence_with_the_error(engines) -> None:
     assert all(s.finish_reason == "error" and s.error is error for s in sequences)
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "mtp"])
+@pytest.mark.parametrize("drafter", ["ngram", "mtp", "causal_lm", "ngram+causal_lm"])
 def test_drafters_forget_what_has_ended(engines, drafter: str) -> None:
     """Nothing about a sequence outlives it, however it ended."""
-    engine = engines("gemma-4-31B", mtp=True)
+    engine = engines("gemma-4-31B", mtp=True, causal_lm="llama")
     sequences = [
         engine.make_sequence(prompt, params, drafter=drafter) for prompt, params in REQUESTS
     ]
@@ -270,7 +286,8 @@ def test_drafters_forget_what_has_ended(engines, drafter: str) -> None:
         engine.step()
     kept = [
         value
-        for value in vars(engine.drafters[drafter]).values()
+        for name in drafter.split("+")
+        for value in vars(engine.drafters[name]).values()
         if isinstance(value, dict) and set(value) & {sequence.id for sequence in sequences}
     ]
     assert kept

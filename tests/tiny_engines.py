@@ -36,9 +36,16 @@ class Engines:
         self._tiny = tiny
         self._loaded: dict[str, Engine] = {}
 
-    def __call__(self, name: str, *, mtp: bool = False, **settings: Any) -> Engine:
-        """An engine with an n-gram drafter and, if `mtp`, the verifier's tiny assistant."""
-        key = json.dumps([name, mtp, settings])
+    def __call__(
+        self, name: str, *, mtp: bool = False, causal_lm: str | None = None, **settings: Any
+    ) -> Engine:
+        """An engine with an n-gram drafter and, if asked for, other tiny ones.
+
+        Args:
+            mtp: whether to load the verifier's assistant.
+            causal_lm: the tiny verifier that drafts.
+        """
+        key = json.dumps([name, mtp, causal_lm, settings])
         if key not in self._loaded:
             drafters: dict[str, Any] = {
                 "ngram": {"num_speculative_tokens": MAX_LOOKAHEAD, "min_ngram_size": 1}
@@ -46,6 +53,9 @@ class Engines:
             if mtp:
                 assistant = str(self._tiny.assistant(name))
                 drafters["mtp"] = {"model": assistant, "num_speculative_tokens": MAX_LOOKAHEAD}
+            if causal_lm is not None:
+                model = str(self._tiny.verifier(causal_lm))
+                drafters["causal_lm"] = {"model": model, "num_speculative_tokens": MAX_LOOKAHEAD}
             values = {
                 "verifier": str(self._tiny.verifier(name)),
                 "dtype": "float32",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import NO_DRAFTER
+from tandem.config import EngineConfig
 from tandem.errors import InvalidRequestError
 from tandem.grammar import GrammarCompiler
 from tandem.params import SamplingParams
@@ -26,14 +27,14 @@ class Admission:
         vocab_size: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
-        lookaheads: Mapping[str, int],
-        default_drafter: str,
+        config: EngineConfig,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        self._lookaheads = {NO_DRAFTER: 0, **lookaheads}
-        self._default_drafter = default_drafter
+        self._lookaheads = config.max_lookaheads
+        # Who gets the requests that name no drafter, and how many of them.
+        self._weights = dict(config.drafter_weights) or {config.drafter_name: 1.0}
         self._grammars = GrammarCompiler(tokenizer, vocab_size, sorted(eos_token_ids))
         self._ids = itertools.count()
 
@@ -45,7 +46,8 @@ class Admission:
         num_speculative_tokens: int | None,
     ) -> Sequence:
         """See `Engine.make_sequence`."""
-        drafter = self._default_drafter if drafter is None else drafter
+        if drafter is None:
+            (drafter,) = random.choices([*self._weights], [*self._weights.values()])
         max_lookahead = self._lookahead(drafter, num_speculative_tokens)
         token_ids = self._token_ids(prompt)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from tandem.errors import ConfigError
 
 NO_DRAFTER = "none"
-DRAFTER_TYPES = ("mtp", "ngram")
+DRAFTER_TYPES = ("causal_lm", "mtp", "ngram")
+_MODEL_TYPES = ("causal_lm", "mtp")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 T = TypeVar("T")
@@ -47,16 +48,18 @@ def _check_int(where: str, name: str, value: object, low: int, high: float = mat
 class DrafterConfig:
     """One entry of `EngineConfig.drafters`.
 
-    `type` defaults to the entry's name. `model` is a directory or hub id (types `mtp`). The
-    n-gram sizes bound the suffix that type `ngram` looks up.
+    `type` defaults to the entry's name. `model` is a directory or hub id (types `causal_lm` and
+    `mtp`). The n-gram sizes bound the suffix that type `ngram` looks up; with `num_shared_tokens`
+    it also looks in that many tokens of requests that have ended, whoever sent them.
     """
 
     name: str
     type: str
     num_speculative_tokens: int = 4
     model: str | None = None
-    max_ngram_size: int = 4
+    max_ngram_size: int = 32
     min_ngram_size: int = 2
+    num_shared_tokens: int = 0
 
     def __post_init__(self) -> None:
         where = f"drafters.{self.name}"
@@ -66,13 +69,17 @@ class DrafterConfig:
             raise ConfigError(
                 f"{where}: unknown type {self.type!r}; known: {', '.join(DRAFTER_TYPES)}"
             )
-        if self.type == "mtp" and not (isinstance(self.model, str) and self.model):
+        if "+" in self.name:
+            raise ConfigError(f"{where}: a name can't have a '+', which joins two of them")
+        if self.type in _MODEL_TYPES and not (isinstance(self.model, str) and self.model):
             raise ConfigError(
-                f"{where}: type 'mtp' needs 'model', a directory or hub id, got {self.model!r}"
+                f"{where}: type {self.type!r} needs 'model', a directory or hub id, "
+                f"got {self.model!r}"
             )
         _check_int(where, "num_speculative_tokens", self.num_speculative_tokens, 1, 64)
         _check_int(where, "min_ngram_size", self.min_ngram_size, 1)
         _check_int(where, "max_ngram_size", self.max_ngram_size, self.min_ngram_size)
+        _check_int(where, "num_shared_tokens", self.num_shared_tokens, 0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class EngineConfig:
         device: "auto" takes CUDA where there is one; otherwise a torch device such as "cuda:1".
         drafters: name -> settings (see `DrafterConfig`).
         default_drafter: the drafter of requests that name none; the first one when not given.
+        drafter_weights: drafter -> share of the requests that name none, for a comparison in
+            service; takes the place of `default_drafter`.
         max_num_seqs: sequences in one batch.
         max_model_len: prompt and output tokens of one sequence; the model's own limit, at most
             4096, when not given.
@@ -102,6 +111,7 @@ class EngineConfig:
     device: str = "auto"
     drafters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     default_drafter: str | None = None
+    drafter_weights: Mapping[str, float] = field(default_factory=dict)
     max_num_seqs: int = 16
     max_model_len: int | None = None
     max_num_batched_tokens: int = 512
@@ -126,12 +136,47 @@ class EngineConfig:
             raise ConfigError(
                 f"{where}: gpu_memory_utilization must be above 0 and at most 1, got {share!r}"
             )
-        known = [NO_DRAFTER, *self.drafter_configs]
-        if self.default_drafter is not None and self.default_drafter not in known:
+        known = ", ".join(self.max_lookaheads)
+        if self.default_drafter is not None and self.default_drafter not in self.max_lookaheads:
             raise ConfigError(
                 f"{where}: default_drafter {self.default_drafter!r} is not configured; "
-                f"choose from {', '.join(known)}"
+                f"choose from {known}"
             )
+        for name, weight in dict(self.drafter_weights).items():
+            if name not in self.max_lookaheads:
+                raise ConfigError(
+                    f"{where}: drafter_weights: {name!r} is not configured; choose from {known}"
+                )
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not 0 <= weight < math.inf:
+                raise ConfigError(
+                    f"{where}: drafter_weights.{name} must be a number from 0, got {weight!r}"
+                )
+        if self.drafter_weights and not any(self.drafter_weights.values()):
+            raise ConfigError(f"{where}: drafter_weights must not all be 0")
+
+    @cached_property
+    def max_lookaheads(self) -> dict[str, int]:
+        """Every drafter that a request may name, with the most tokens that it guesses in a round.
+
+        `A+B` looks up with the n-gram drafter A and guesses with the model B elsewhere.
+        """
+        limits = {NO_DRAFTER: 0}
+        limits |= {name: d.num_speculative_tokens for name, d in self.drafter_configs.items()}
+        for ngram, model in self.drafter_pairs:
+            limits[f"{ngram}+{model}"] = max(limits[ngram], limits[model])
+        return limits
+
+    @property
+    def drafter_pairs(self) -> list[tuple[str, str]]:
+        """The n-gram and model drafters that can be joined."""
+        by_type = {name: drafter.type for name, drafter in self.drafter_configs.items()}
+        return [
+            (ngram, model)
+            for ngram in by_type
+            for model in by_type
+            if by_type[ngram] == "ngram" and by_type[model] in _MODEL_TYPES
+        ]
 
     @cached_property
     def drafter_configs(self) -> dict[str, DrafterConfig]:

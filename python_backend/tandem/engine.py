@@ -23,7 +23,7 @@ from tandem.errors import (
     TandemError,
     VerifierOutputError,
 )
-from tandem.loading import load_drafter, load_verifier
+from tandem.loading import load_drafters, load_verifier
 from tandem.logits import TokenLogprobs, adjust, token_logprobs
 from tandem.metrics import DrafterStats, EngineLoad, EngineStats
 from tandem.outputs import Delta, RequestOutput
@@ -55,9 +55,7 @@ class Engine:
         self.max_model_len = loaded.max_model_len
         self.eos_token_ids = loaded.eos_token_ids
         self.verifier = Verifier(loaded.model, loaded.cache)
-        self.drafters: dict[str, Drafter] = {
-            name: load_drafter(drafter, loaded) for name, drafter in config.drafter_configs.items()
-        }
+        self.drafters: dict[str, Drafter] = load_drafters(config, loaded)
         self.scheduler = Scheduler(
             BlockPool(loaded.cache.num_blocks, config.block_size),
             config.max_num_seqs,
@@ -71,8 +69,7 @@ class Engine:
             loaded.model.config.get_text_config().vocab_size,
             loaded.max_model_len,
             loaded.eos_token_ids,
-            {name: d.num_speculative_tokens for name, d in config.drafter_configs.items()},
-            config.drafter_name,
+            config,
         )
         self._lock = Lock()
         logger.info(
@@ -172,11 +169,16 @@ class Engine:
     def draft(self, batch: list[ScheduledSequence]) -> None:
         """Lets each drafter guess for its sequences; a grammar that forces tokens needs none."""
         by_drafter: dict[str, list[ScheduledSequence]] = defaultdict(list)
+        prompts: dict[str, list[ScheduledSequence]] = defaultdict(list)
         for scheduled in batch:
+            if not scheduled.sequence.is_decoding and scheduled.sequence.max_lookahead > 0:
+                prompts[scheduled.sequence.drafter].append(scheduled)
             if scheduled.num_draft_tokens > 0:
                 scheduled.draft_ids = self._forced(scheduled)
                 if not scheduled.draft_ids:
                     by_drafter[scheduled.sequence.drafter].append(scheduled)
+        for name, group in prompts.items():
+            self.drafters[name].prefill(group)
         for name, group in by_drafter.items():
             requests = [DraftRequest(s.sequence, s.num_draft_tokens) for s in group]
             proposals = self.drafters[name].propose(requests)

@@ -27,9 +27,11 @@ from tandem.attention import ATTENTION, PackedBatch, Span
 from tandem.config import DrafterConfig, EngineConfig
 from tandem.drafters import Drafter
 from tandem.drafters.assistant import Assistant, AssistantConfig
+from tandem.drafters.causal_lm import CausalLMDrafter
+from tandem.drafters.combined import CombinedDrafter
 from tandem.drafters.mtp import Gemma4Drafter, MTPDrafter, TrainedDrafter
 from tandem.drafters.ngram import NgramDrafter
-from tandem.errors import ConfigError, UnsupportedModelError
+from tandem.errors import ConfigError, DrafterMismatchError, UnsupportedModelError
 from tandem.kv_cache import KVCache, LayerShape
 from tandem.packing import can_pack, pack_linears
 
@@ -43,19 +45,33 @@ _TEXT_PART = {
     r"^language_model\.lm_head\.": "lm_head.",
 }
 _PROBE_TOKENS = 8
+_NUM_VOCABULARY_PROBES = 2000
 # A paged pass may differ from transformers' own by rounding alone: a share of the logits' spread.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True)
+class CachedModel:
+    """A model that is known to run on the paged cache."""
+
+    model: PreTrainedModel
+    cache: KVCache
+
+
+@dataclass(frozen=True)
 class LoadedVerifier:
-    """A verifier that is known to run on the paged cache."""
+    """A verifier that is known to run on the paged cache.
+
+    `draft_models` are the causal LMs that draft for it, by drafter; their caches have the
+    verifier's geometry.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     cache: KVCache
     max_model_len: int
     eos_token_ids: frozenset[int]
+    draft_models: dict[str, CachedModel]
 
 
 def load_verifier(config: EngineConfig) -> LoadedVerifier:
@@ -74,42 +90,112 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         raise ConfigError(
             f"max_model_len {max_model_len} is beyond the verifier's limit of {limit} tokens"
         )
-    shapes, expected = _probe(model)
+    tokenizer = load_tokenizer(config.verifier)
+    models = {None: model} | _load_draft_models(config, model, tokenizer)
+    # What each model stores in the cache, and its own logits for a few tokens.
+    probes = {name: _probe(each) for name, each in models.items()}
     if can_pack(device, dtype):
-        pack_linears(model)
-    bytes_per_token = sum(s.elements_per_token for s in shapes) * dtype.itemsize
-    num_tokens = _cache_tokens(config, model, max_model_len, bytes_per_token)
+        for each in models.values():
+            pack_linears(each)
+    elements_per_token = sum(s.elements_per_token for shapes, _ in probes.values() for s in shapes)
+    num_tokens = _cache_tokens(config, model, max_model_len, elements_per_token * dtype.itemsize)
     num_blocks = num_tokens // config.block_size
     if num_blocks * config.block_size < max_model_len:
         raise ConfigError(
             f"the KV cache holds {num_blocks * config.block_size} tokens, fewer than one sequence "
             f"of max_model_len {max_model_len}: raise kv_cache_tokens or lower max_model_len"
         )
-    cache = KVCache(shapes, num_blocks, config.block_size, dtype, device)
+    cached = {}
+    for name, each in models.items():
+        shapes, expected = probes[name]
+        cache = KVCache(shapes, num_blocks, config.block_size, dtype, device)
+        each.set_attn_implementation(ATTENTION)
+        _check_paged(each, cache, expected)
+        cached[name] = CachedModel(each, cache)
+    verifier = cached.pop(None)
     logger.info(
         "KV cache: %d tokens in %d blocks, %.1f MiB",
-        cache.num_slots,
+        verifier.cache.num_slots,
         num_blocks,
-        cache.num_bytes / 2**20,
+        sum(c.cache.num_bytes for c in (verifier, *cached.values())) / 2**20,
     )
-    model.set_attn_implementation(ATTENTION)
-    _check_paged(model, cache, expected)
+    draft_models = {name: each for name, each in cached.items() if name is not None}
     return LoadedVerifier(
-        model, load_tokenizer(config.verifier), cache, max_model_len, _eos_token_ids(model)
+        model, tokenizer, verifier.cache, max_model_len, _eos_token_ids(model), draft_models
     )
 
 
-def load_drafter(config: DrafterConfig, verifier: LoadedVerifier) -> Drafter:
-    """Makes the drafter that `config` describes.
+def _load_draft_models(
+    config: EngineConfig, verifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str | None, PreTrainedModel]:
+    """The models of `causal_lm` drafters, which must have the verifier's vocabulary."""
+    models: dict[str | None, PreTrainedModel] = {}
+    for name, settings in config.drafter_configs.items():
+        if settings.type == "causal_lm":
+            assert settings.model is not None, "DrafterConfig lets none without a model through"
+            model = load_model(settings.model, verifier.dtype, verifier.device)
+            _check_vocabulary(name, settings.model, model, verifier, tokenizer)
+            models[name] = model
+    return models
+
+
+def _check_vocabulary(
+    name: str,
+    path: str,
+    model: PreTrainedModel,
+    verifier: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    sizes = [each.config.get_text_config().vocab_size for each in (model, verifier)]
+    if sizes[0] != sizes[1]:
+        raise DrafterMismatchError(
+            f"drafters.{name}: {path} has a vocabulary of {sizes[0]} tokens, and the verifier of "
+            f"{sizes[1]}; they must be the same"
+        )
+    other = load_tokenizer(path)
+    if tokenizer is None or other is None:
+        return
+    ids = list(range(0, sizes[1], max(1, sizes[1] // _NUM_VOCABULARY_PROBES)))
+    for token_id, token, mine in zip(
+        ids, tokenizer.convert_ids_to_tokens(ids), other.convert_ids_to_tokens(ids), strict=True
+    ):
+        if token != mine:
+            raise DrafterMismatchError(
+                f"drafters.{name}: token {token_id} is {mine!r} in {path} and {token!r} in the "
+                "verifier; they must have the same tokenizer"
+            )
+
+
+def load_drafters(config: EngineConfig, verifier: LoadedVerifier) -> dict[str, Drafter]:
+    """Makes the drafters that the configuration describes, and those that join two of them.
 
     Raises:
-        ConfigError: its model can't be found or isn't of the type's kind.
-        DrafterMismatchError: it doesn't fit the verifier.
+        ConfigError: a model can't be found or isn't of the type's kind.
+        DrafterMismatchError: one doesn't fit the verifier.
     """
-    if config.type == "ngram":
-        return NgramDrafter(config.min_ngram_size, config.max_ngram_size)
-    assert config.model is not None, "DrafterConfig lets no 'mtp' without a model through"
-    return _load_mtp_drafter(config.name, config.model, verifier)
+    drafters: dict[str, Drafter] = {}
+    for name, settings in config.drafter_configs.items():
+        drafters[name] = _load_drafter(settings, verifier)
+    limits = config.max_lookaheads
+    for ngram, model in config.drafter_pairs:
+        lookup = drafters[ngram]
+        assert isinstance(lookup, NgramDrafter)
+        drafters[f"{ngram}+{model}"] = CombinedDrafter(
+            lookup, drafters[model], limits[ngram], limits[model]
+        )
+    return drafters
+
+
+def _load_drafter(settings: DrafterConfig, verifier: LoadedVerifier) -> Drafter:
+    if settings.type == "ngram":
+        return NgramDrafter(
+            settings.min_ngram_size, settings.max_ngram_size, settings.num_shared_tokens
+        )
+    if settings.type == "causal_lm":
+        draft_model = verifier.draft_models[settings.name]
+        return CausalLMDrafter(draft_model.model, draft_model.cache)
+    assert settings.model is not None, "DrafterConfig lets no 'mtp' without a model through"
+    return _load_mtp_drafter(settings.name, settings.model, verifier)
 
 
 def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDrafter:

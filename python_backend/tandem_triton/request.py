@@ -57,17 +57,19 @@ class Request:
         prompt = read_prompt(request, engine.tokenizer)
         params = with_bias(options.params, _word_bias(options, engine.tokenizer))
         echo = "" if isinstance(prompt, str) else str(engine.tokenizer.decode(prompt))
+        drafter = options.drafter
         for index in range(options.n):
             sequence = engine.make_sequence(
                 prompt,
                 params,
-                drafter=options.drafter,
+                drafter=drafter,
                 num_speculative_tokens=options.num_speculative_tokens,
             )
             if options.n > 1 and not self._choices:  # the seed that was drawn is that of the first
                 params = dataclasses.replace(params, seed=sequence.seed)
             elif options.n > 1:
                 sequence.seed = (sequence.seed + index) & _MAX_SEED
+            drafter = sequence.drafter  # one that was drawn is drawn for all
             choice = _Choice(index, sequence, engine.tokenizer)
             if not options.exclude_input_in_output:
                 choice.text = prompt if isinstance(prompt, str) else echo

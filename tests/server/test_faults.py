@@ -101,7 +101,9 @@ HOSTILE = st.one_of(
     ),
     NOT_JSON_OBJECTS.map(lambda text: {"text_input": "x", "sampling_parameters": text}),
     st.sampled_from(["", "x" * 16_000, "y" * 200_000]).map(lambda text: {"text_input": text}),
-    st.sampled_from([{}, {"top_k": 3}, {"input_ids": [999]}, {"text_input": "x", "input_ids": [7]}]),
+    st.sampled_from(
+        [{}, {"top_k": 3}, {"input_ids": [999]}, {"text_input": "x", "input_ids": [7]}]
+    ),
     st.sampled_from(["[", "7", "[7]", '[{"role": 1}]', "\x00"]).map(
         lambda text: {"messages": text}
     ),

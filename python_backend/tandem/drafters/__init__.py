@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tandem.sequence import Sequence
+from tandem.sequence import ScheduledSequence, Sequence
 
 
 class DraftRequest(NamedTuple):
@@ -27,6 +27,9 @@ class Drafter(ABC):
     @abstractmethod
     def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
         """Guesses up to `num_tokens` tokens that follow each sequence's known ones."""
+
+    def prefill(self, batch: Items[ScheduledSequence]) -> None:  # noqa: B027
+        """Takes the chunks of prompts that the verifier is about to compute."""
 
     def observe(self, sequence: Sequence, hidden: Tensor) -> None:  # noqa: B027
         """Takes the verifier's hidden state `[hidden_size]` that predicted the last token."""

@@ -1,0 +1,106 @@
+"""A small causal LM as the drafter: the classic pair.
+
+Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding",
+2023; here with the verifier's noise in place of a ratio test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tandem.attention import PackedBatch, Span
+from tandem.drafters import Drafter, DraftRequest
+from tandem.kv_cache import KVCache
+from tandem.sampling import Draw, sample
+from tandem.sequence import ScheduledSequence, Sequence
+
+
+class _Part(NamedTuple):
+    """Tokens of one sequence that a pass computes, from position `start`."""
+
+    sequence: Sequence
+    start: int
+    token_ids: list[int]
+
+
+class CausalLMDrafter(Drafter):
+    """Drafts with a model that has the verifier's vocabulary.
+
+    Its K/V lie in a cache of the verifier's geometry, so a sequence's block table serves both. How
+    many of a sequence's positions are valid is one number, which `observe` lowers to what was
+    committed: that is the whole rollback.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
+        self._model: Any = model
+        self._cache = cache
+        self._num_valid: dict[int, int] = {}
+
+    def prefill(self, batch: Items[ScheduledSequence]) -> None:
+        """Computes the same chunks of the prompts as the verifier's pass."""
+        parts = []
+        for scheduled in batch:
+            sequence = scheduled.sequence
+            start = self._start(sequence)
+            stop = sequence.num_computed + scheduled.num_tokens
+            if start < stop:
+                parts.append(_Part(sequence, start, sequence.token_ids[start:stop]))
+        if parts:
+            self._forward(parts)
+
+    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
+        """Guesses exactly `num_tokens` tokens for each sequence."""
+        drafts: list[list[int]] = [[] for _ in requests]
+        for step in range(max(request.num_tokens for request in requests)):
+            live = [i for i, request in enumerate(requests) if request.num_tokens > step]
+            parts, draws = [], []
+            for index in live:
+                sequence = requests[index].sequence
+                start = self._start(sequence) if step == 0 else sequence.num_tokens + step - 1
+                parts.append(_Part(sequence, start, (sequence.token_ids + drafts[index])[start:]))
+                draws.append(Draw(sequence.params, sequence.seed, sequence.num_tokens + step))
+            guesses = sample(self._forward(parts), draws).tolist()
+            for index, token_id in zip(live, guesses, strict=True):
+                drafts[index].append(token_id)
+        return drafts
+
+    def observe(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Gives up what was computed for drafts that have been rejected."""
+        self._num_valid[sequence.id] = self._start(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops the sequence's length."""
+        self._num_valid.pop(sequence.id, None)
+
+    def _start(self, sequence: Sequence) -> int:
+        # After a preemption the verifier starts anew, and so does the drafter.
+        return min(self._num_valid.get(sequence.id, 0), sequence.num_computed)
+
+    def _forward(self, parts: Items[_Part]) -> Tensor:
+        """Logits behind the last token of each part, `[len(parts), vocab_size]`."""
+        device = self._model.device
+        spans, rows = [], []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        for part in parts:
+            stop = part.start + len(part.token_ids)
+            spans.append(Span(len(part.token_ids), stop, part.sequence.block_table))
+            token_ids += part.token_ids
+            positions += range(part.start, stop)
+            rows.append(len(token_ids) - 1)
+            self._num_valid[part.sequence.id] = stop
+        packed = PackedBatch(spans, self._cache.block_size, self._model.dtype, device)
+        logits: Tensor = self._model(
+            input_ids=torch.tensor([token_ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            cache=self._cache.writer(packed.slots()),
+            use_cache=True,
+            logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
+            packed=packed,
+        ).logits
+        return logits[0]

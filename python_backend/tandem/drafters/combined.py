@@ -1,0 +1,57 @@
+"""Lookup where a long match exists, a model everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from torch import Tensor
+
+from tandem.drafters import Drafter, DraftRequest
+from tandem.drafters.ngram import NgramDrafter, copy
+from tandem.sequence import ScheduledSequence, Sequence
+
+# A match of this many tokens is rarely chance; a model is better than shorter ones.
+_MIN_MATCH = 5
+
+
+class CombinedDrafter(Drafter):
+    """`ngram+NAME`: both look at every sequence, and each round is one's or the other's."""
+
+    def __init__(
+        self, ngram: NgramDrafter, model: Drafter, num_ngram_tokens: int, num_model_tokens: int
+    ) -> None:
+        """Joins two drafters, each with the most tokens that it may guess in a round."""
+        self._ngram = ngram
+        self._model = model
+        self._num_ngram_tokens = num_ngram_tokens
+        self._num_model_tokens = num_model_tokens
+
+    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
+        """What followed a long match, or the model's guesses."""
+        drafts: list[list[int]] = [[] for _ in requests]
+        left: list[tuple[int, DraftRequest]] = []
+        for index, (sequence, num_tokens) in enumerate(requests):
+            match = self._ngram.find(sequence)
+            if match is not None and match.size >= _MIN_MATCH:
+                drafts[index] = copy(match, min(num_tokens, self._num_ngram_tokens))
+            else:
+                wanted = min(num_tokens, self._num_model_tokens)
+                left.append((index, DraftRequest(sequence, wanted)))
+        if left:
+            guesses = self._model.propose([request for _, request in left])
+            for (index, _), guess in zip(left, guesses, strict=True):
+                drafts[index] = guess
+        return drafts
+
+    def prefill(self, batch: Items[ScheduledSequence]) -> None:
+        """The model may keep state of prompts."""
+        self._model.prefill(batch)
+
+    def observe(self, sequence: Sequence, hidden: Tensor) -> None:
+        """The model may start from the verifier's state."""
+        self._model.observe(sequence, hidden)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops what either keeps."""
+        self._ngram.forget(sequence)
+        self._model.forget(sequence)
