@@ -76,6 +76,8 @@ def test_a_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
         ("mtp", {}, "needs 'model'"),
         ("mtp", {"model": 5}, "needs 'model', a directory or hub id, got 5"),
         ("ngram", {"name": "x"}, "leave 'name' out"),
+        ("a+b", {"type": "ngram"}, r"a name can't have a '\+'"),
+        ("ngram", {"num_shared_tokens": -1}, "num_shared_tokens .* at least 0, got -1"),
         ("ngram", {"num_speculative_tokens": 0}, "num_speculative_tokens .* from 1 to 64, got 0"),
         ("ngram", {"num_speculative_tokens": 65}, "num_speculative_tokens"),
         ("ngram", {"num_speculative_tokens": "4"}, "num_speculative_tokens"),
@@ -87,6 +89,41 @@ def test_a_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
 def test_a_bad_drafter_is_refused(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(verifier="model", drafters={name: settings})
+
+
+DRAFTERS: dict[str, Any] = {
+    "ngram": {"num_speculative_tokens": 8},
+    "mtp": {"model": "a", "num_speculative_tokens": 3},
+    "small": {"type": "causal_lm", "model": "b"},
+}
+
+
+def test_lookup_joins_every_model() -> None:
+    assert EngineConfig(verifier="model", drafters=DRAFTERS).max_lookaheads == {
+        "none": 0,
+        "ngram": 8,
+        "mtp": 3,
+        "small": 4,
+        "ngram+mtp": 8,
+        "ngram+small": 8,
+    }
+    joined = EngineConfig(verifier="model", drafters=DRAFTERS, default_drafter="ngram+small")
+    assert joined.drafter_name == "ngram+small"
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"eagle": 1}, "drafter_weights: 'eagle' is not configured; choose from none, ngram, mtp"),
+        ({"mtp": -1}, r"drafter_weights\.mtp must be a number from 0, got -1"),
+        ({"mtp": "much"}, r"drafter_weights\.mtp .* got 'much'"),
+        ({"mtp": float("nan")}, r"drafter_weights\.mtp .* got nan"),
+        ({"mtp": 0, "none": 0}, "must not all be 0"),
+    ],
+)
+def test_bad_weights_are_refused(weights: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(verifier="model", drafters=DRAFTERS, drafter_weights=weights)
 
 
 def test_an_unknown_key_is_refused_with_the_allowed_ones(tmp_path: Path) -> None:

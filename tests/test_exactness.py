@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -273,6 +274,38 @@ def test_abort_ends_every_sequence_with_the_error(engines) -> None:
     assert all(s.finish_reason == "error" and s.error is error for s in sequences)
 
 
+def test_a_step_that_fails_half_way_can_be_aborted(
+    engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first sequence has ended in it already, the second has not."""
+    engine = engines("llama")
+    params = SamplingParams(max_tokens=1)
+    sequences = [engine.make_sequence(prompt_of(5 + i), params) for i in range(2)]
+    late = engine.make_sequence(prompt_of(9), params)
+    for sequence in sequences:
+        engine.add(sequence)
+    real, calls = engine._advance, []
+
+    def fail_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError("injected")
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "_advance", fail_at_the_second)
+    with pytest.raises(MemoryError):
+        engine.step()
+    assert [sequence.is_finished for sequence in sequences] == [True, False]
+    engine.add(late)
+    error = RuntimeError("a step failed")
+    deltas = engine.abort(error, waiting=False)
+    assert [delta.sequence for delta in deltas] == sequences
+    assert all(s.finish_reason == "error" and s.error is error for s in sequences)
+    engine.check_integrity()
+    finish(engine)
+    assert late.error is None
+
+
 @pytest.mark.parametrize("drafter", ["ngram", "mtp", "causal_lm", "ngram+causal_lm"])
 def test_drafters_forget_what_has_ended(engines, drafter: str) -> None:
     """Nothing about a sequence outlives it, however it ended."""
@@ -305,3 +338,14 @@ def test_the_same_seed_gives_the_same_tokens(engines) -> None:
     outputs = plain(engine, [(prompt, replace(params, seed=seed)) for seed in seeds])
     assert outputs[0] == outputs[1]
     assert len({tuple(output) for output in outputs}) == 5
+
+
+def test_requests_are_split_among_drafters_by_weight(engines) -> None:
+    """Those that name none; within 2% of the weights over 1,000 requests."""
+    engine = engines("llama", causal_lm="llama", drafter_weights={"ngram": 3, "none": 1})
+    random.seed(0)
+    prompt = prompt_of(5)
+    drafters = [engine.make_sequence(prompt).drafter for _ in range(1000)]
+    assert abs(drafters.count("ngram") / 1000 - 0.75) < 0.02
+    assert set(drafters) == {"ngram", "none"}
+    assert engine.make_sequence(prompt, drafter="causal_lm").drafter == "causal_lm"

@@ -302,6 +302,8 @@ class Engine:
             ]
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: TandemError) -> Delta:
+        if sequence.is_finished:  # in a step that failed behind it
+            sequence.finish_reason = None
         sequence.finish(reason, error)
         self._release(sequence)
         return Delta(sequence, [], finish_reason=reason)

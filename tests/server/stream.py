@@ -43,12 +43,15 @@ class Stream:
         self.events: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self.client.start_stream(lambda result, error: self.events.put((result, error)))
 
-    def send(self, request_id: str, prompt: str | bytes, **options: Any) -> None:
+    def send(
+        self, request_id: str, prompt: str | bytes, *, timeout_us: int | None = None, **options: Any
+    ) -> None:
         """Sends a request; its responses carry the id."""
         self.client.async_stream_infer(
             self.model,
             inputs(prompt, **options),
             request_id=request_id,
+            timeout=timeout_us,
             enable_empty_final_response=True,
         )
 

@@ -254,6 +254,34 @@ def test_a_cancelled_request_ends_within_200_ms(server: TritonServer) -> None:
     wait_until(lambda: is_idle(server), seconds=5)
 
 
+def test_closing_an_http_stream_cancels_its_request(server: TritonServer) -> None:
+    body = {"text_input": "on and on", "stream": True, "max_tokens": 12000, "ignore_eos": True}
+    url = f"{server.http_url}/v2/models/tandem/generate_stream"
+    with subprocess.Popen(
+        ["curl", "-sN", url, "-d", json.dumps(body)], stdout=subprocess.PIPE
+    ) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline().startswith(b"data: ")
+        client.kill()
+    wait_until(lambda: is_idle(server), seconds=5)
+
+
+def test_a_timeout_holds_in_the_queue_too(server: TritonServer, engine: Engine) -> None:
+    """Eight fill the slots; of those behind them, the ones with a timeout end."""
+    with Stream(server) as running, Stream(server) as late:
+        for number in range(8):
+            running.send(str(number), "on and on", max_tokens=12000, ignore_eos=True)
+        wait_until(lambda: metric(server, "num_requests_running") == 8)
+        started = time.monotonic()
+        for number in range(12):
+            late.send(str(number), "late", timeout_us=500_000, **GOOD)
+        errors = [response.error for response in late.responses(12).values()]
+        assert time.monotonic() - started < 5
+    assert len(errors) == 12
+    assert all("timeout" in error.lower() for error in errors)
+    wait_until(lambda: is_idle(server), seconds=5)
+
+
 FAULTY = '''
 """A model whose steps fail when a prompt says so."""
 
