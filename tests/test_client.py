@@ -54,7 +54,7 @@ def message(chunk: Chunk | None, *, final: bool = False) -> Any:
         "num_accepted_tokens",
     ):
         add_output(response, name, "INT32", np.int32(getattr(chunk, name)))
-    add_output(response, "sequence_index", "INT32", np.int32(chunk.index))
+    add_output(response, "sequence_index", "INT32", np.int32([[chunk.index]]))
     add_output(response, "text_output", "BYTES", chunk.text)
     add_output(response, "finish_reason", "BYTES", chunk.finish_reason or "")
     if chunk.token_ids:

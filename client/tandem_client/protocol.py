@@ -266,7 +266,7 @@ def _chunk(outputs: dict[str, Any]) -> Chunk:
     token_ids = [token_id for token_id in outputs.get("output_ids", ()) if token_id >= 0]
     return Chunk(
         text=outputs["text_output"].decode(),
-        index=outputs["sequence_index"],
+        index=outputs["sequence_index"][0],
         finish_reason=outputs["finish_reason"].decode() or None,
         stop_reason=outputs.get("stop_reason", b"").decode() or None,
         token_ids=tuple(token_ids),

@@ -43,6 +43,7 @@ _OWN = {
     "exclude_input_in_output": "bool",
     "return_logprobs": "bool",
     "return_token_ids": "bool",
+    "return_perf_metrics": "bool",
     "embedding_bias_words": "strings",
     "embedding_bias_weights": "floats",
 }
@@ -78,7 +79,6 @@ _IGNORED = (
     "return_finish_reason",
     "return_num_input_tokens",
     "return_num_output_tokens",
-    "return_perf_metrics",
 )
 _KINDS = {
     **_SAMPLING,
@@ -118,7 +118,7 @@ class RequestOptions:
         drafter, num_speculative_tokens: as in `Engine.make_sequence`.
         stream: whether each step's text is sent at once.
         exclude_input_in_output: whether the prompt is left out of the text.
-        return_logprobs, return_token_ids: what to send along.
+        return_logprobs, return_token_ids, return_perf_metrics: what to send along.
         embedding_bias_words, embedding_bias_weights: a bias for each token of each word.
     """
 
@@ -130,6 +130,7 @@ class RequestOptions:
     exclude_input_in_output: bool = True
     return_logprobs: bool = False
     return_token_ids: bool = False
+    return_perf_metrics: bool = False
     embedding_bias_words: tuple[str, ...] = ()
     embedding_bias_weights: tuple[float, ...] = ()
 

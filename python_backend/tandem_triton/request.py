@@ -70,7 +70,7 @@ class Request:
             elif options.n > 1:
                 sequence.seed = (sequence.seed + index) & _MAX_SEED
             drafter = sequence.drafter  # one that was drawn is drawn for all
-            choice = _Choice(index, sequence, engine.tokenizer)
+            choice = _Choice(index, sequence, engine.tokenizer, engine.config.block_size)
             if not options.exclude_input_in_output:
                 choice.text = prompt if isinstance(prompt, str) else echo
             self._choices[sequence] = choice
@@ -139,7 +139,8 @@ class Request:
 class _Choice:
     """One of a request's sequences, and what of it hasn't been sent."""
 
-    def __init__(self, index: int, sequence: Sequence, tokenizer: Any) -> None:
+    def __init__(self, index: int, sequence: Sequence, tokenizer: Any, block_size: int) -> None:
+        self._block_size = block_size
         self.index = index
         self.ended = False
         self.text = ""
@@ -206,6 +207,8 @@ class _Choice:
             outputs["cum_log_probs"] = self._cumulative_logprob
         if self.ended:
             outputs |= self._totals()
+        if self.ended and options.return_perf_metrics:
+            outputs |= self._perf_metrics()
         self.text, self._accepted_text_length = "", 0
         self._token_ids, self._is_accepted_draft = [], []
         self._logprobs, self._new_logprobs = [], []
@@ -229,6 +232,20 @@ class _Choice:
             seconds = (now - self._first_token_at) / (sequence.num_output_tokens - 1)
             metrics.observe("time_per_output_token_seconds", seconds)
 
+    def _perf_metrics(self) -> dict[str, Any]:
+        """TensorRT-LLM's figures; its clock is a steady one too."""
+        sequence = self._sequence
+        num_blocks = -(-sequence.num_tokens // self._block_size)
+        return {
+            "kv_cache_alloc_new_blocks": num_blocks,
+            "kv_cache_reused_blocks": 0,
+            "kv_cache_alloc_total_blocks": num_blocks,
+            "arrival_time_ns": _nanoseconds(self._admitted_at),
+            "first_scheduled_time_ns": _nanoseconds(sequence.started_at),
+            "first_token_time_ns": _nanoseconds(self._first_token_at),
+            "last_token_time_ns": _nanoseconds(time.monotonic()),
+        }
+
     def _totals(self) -> dict[str, Any]:
         sequence, now = self._sequence, time.monotonic()
         first_token_at = self._first_token_at or now
@@ -250,6 +267,20 @@ _REASONS: dict[type[TandemError], str] = {
     DeadlineExceededError: "timeout",
     EngineStoppedError: "stopped",
 }
+# TensorRT-LLM's, which its clients read with a dimension more: `[n, 1]`.
+_COLUMNS = (
+    "sequence_index",
+    "acceptance_rate",
+    "total_draft_tokens",
+    "total_accepted_draft_tokens",
+    "kv_cache_alloc_new_blocks",
+    "kv_cache_reused_blocks",
+    "kv_cache_alloc_total_blocks",
+    "arrival_time_ns",
+    "first_scheduled_time_ns",
+    "first_token_time_ns",
+    "last_token_time_ns",
+)
 _COUNTS = ("num_output_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens")
 _DTYPES: dict[str, Any] = {
     "text_output": np.object_,
@@ -258,6 +289,10 @@ _DTYPES: dict[str, Any] = {
     "logprobs": np.object_,
     "seed": np.uint64,
     "is_accepted_draft": bool,
+    "arrival_time_ns": np.int64,
+    "first_scheduled_time_ns": np.int64,
+    "first_token_time_ns": np.int64,
+    "last_token_time_ns": np.int64,
     **dict.fromkeys(
         (
             "output_log_probs",
@@ -280,7 +315,13 @@ def _tensor(name: str, values: list[Any]) -> Any:
         values = [[*row, *[-1] * (width - len(row))] for row in values]
     elif dtype is np.object_:
         values = [value.encode() for value in values]
-    return pb_utils.Tensor(name, np.array(values, dtype=dtype))
+    array = np.array(values, dtype=dtype)
+    return pb_utils.Tensor(name, array[:, np.newaxis] if name in _COLUMNS else array)
+
+
+def _nanoseconds(seconds: float | None) -> int:
+    assert seconds is not None
+    return int(seconds * 1e9)
 
 
 def _describe(logprob: Any, tokenizer: Any) -> dict[str, Any]:

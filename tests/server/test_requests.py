@@ -222,7 +222,7 @@ def test_what_means_nothing_here_changes_nothing(server: TritonServer, engine: E
         "return_finish_reason": True,
         "return_num_input_tokens": True,
         "return_num_output_tokens": True,
-        "return_perf_metrics": True,
+        "sampling_parameters": '{"use_beam_search": false, "best_of": 1}',
         "return_context_logits": False,
         "return_generation_logits": False,
         "use_draft_logits": False,
@@ -242,7 +242,7 @@ def test_drafting_is_up_to_the_request(server: TritonServer, engine: Engine) -> 
     ):
         responses = ask(server, **common, **options)
         assert text_of(responses) == expected
-        drafted.append(responses[-1]["total_draft_tokens"][0])
+        drafted.append(responses[-1]["total_draft_tokens"][0][0])
     assert drafted[:2] == [0, 0]
     assert 0 < drafted[2] < drafted[3]
 
@@ -266,7 +266,7 @@ def test_several_sequences(server: TritonServer, engine: Engine, name: str, stre
     texts = {0: "", 1: "", 2: ""}
     seeds = {}
     for response in responses:
-        for place, index in enumerate(response["sequence_index"]):
+        for place, (index,) in enumerate(response["sequence_index"]):
             texts[index] += response["text_output"][place].decode()
             if response["finish_reason"][place]:
                 seeds[index] = response["seed"][place]
@@ -287,15 +287,15 @@ def test_the_outputs_agree_with_each_other(
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=2)
     output = next(engine.generate([PROMPT], params, drafter="none"))
     assert ids == output.token_ids
-    assert sum(drafts) == last["total_accepted_draft_tokens"][0] > 0
-    rate = last["total_accepted_draft_tokens"][0] / last["total_draft_tokens"][0]
-    assert last["acceptance_rate"][0] == pytest.approx(rate)
+    assert sum(drafts) == last["total_accepted_draft_tokens"][0][0] > 0
+    rate = last["total_accepted_draft_tokens"][0][0] / last["total_draft_tokens"][0][0]
+    assert last["acceptance_rate"][0][0] == pytest.approx(rate)
     sums = {
         name: sum(response[name][0] for response in responses)
         for name in ("num_output_tokens", "num_draft_tokens", "num_accepted_tokens", "num_drafts")
     }
     assert sums["num_output_tokens"] == 40
-    assert sums["num_draft_tokens"] == last["total_draft_tokens"][0]
+    assert sums["num_draft_tokens"] == last["total_draft_tokens"][0][0]
     assert sums["num_accepted_tokens"] == sum(drafts)
     assert 0 < sums["num_drafts"] < 40
     assert last["num_input_tokens"] == [len(PROMPT)]
@@ -314,6 +314,19 @@ def test_the_outputs_agree_with_each_other(
     assert values == pytest.approx([found.logprob for found in output.logprobs], abs=1e-4)
     assert last["cumulative_logprob"][0] == pytest.approx(sum(values), abs=1e-3)
     assert last["cum_log_probs"] == last["cumulative_logprob"]
+
+
+def test_times_and_blocks_on_request(server: TritonServer) -> None:
+    names = [name for name in declared("output") if name.endswith("_time_ns")]
+    (response,) = ask(server, **COMMON)
+    assert not set(names) & set(response)
+    (response,) = ask(server, return_perf_metrics=True, **COMMON)
+    times = [response[name][0][0] for name in names]
+    assert len(times) == 4
+    assert times == sorted(times)
+    num_tokens = response["num_input_tokens"][0] + response["num_output_tokens"][0]
+    assert response["kv_cache_alloc_total_blocks"] == [[-(-num_tokens // 16)]]
+    assert response["kv_cache_reused_blocks"] == [[0]]
 
 
 def test_logprobs_by_their_other_names(server: TritonServer) -> None:
