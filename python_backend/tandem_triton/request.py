@@ -205,9 +205,9 @@ class _Choice:
             outputs["output_log_probs"] = self._new_logprobs
             outputs["cumulative_logprob"] = self._cumulative_logprob
             outputs["cum_log_probs"] = self._cumulative_logprob
-        if self.ended:
+        if self.ended or options.return_perf_metrics:
             outputs |= self._totals()
-        if self.ended and options.return_perf_metrics:
+        if options.return_perf_metrics:
             outputs |= self._perf_metrics()
         self.text, self._accepted_text_length = "", 0
         self._token_ids, self._is_accepted_draft = [], []

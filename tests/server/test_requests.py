@@ -320,11 +320,14 @@ def test_times_and_blocks_on_request(server: TritonServer) -> None:
     names = [name for name in declared("output") if name.endswith("_time_ns")]
     (response,) = ask(server, **COMMON)
     assert not set(names) & set(response)
-    (response,) = ask(server, return_perf_metrics=True, **COMMON)
+    *others, response = ask(server, return_perf_metrics=True, stream=True, **COMMON)
+    assert others
+    assert all(set(names) <= set(other) for other in others)
     times = [response[name][0][0] for name in names]
     assert len(times) == 4
     assert times == sorted(times)
-    num_tokens = response["num_input_tokens"][0] + response["num_output_tokens"][0]
+    num_tokens = response["num_input_tokens"][0]
+    num_tokens += sum(each["num_output_tokens"][0] for each in (*others, response))
     assert response["kv_cache_alloc_total_blocks"] == [[-(-num_tokens // 16)]]
     assert response["kv_cache_reused_blocks"] == [[0]]
 
