@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tandem.drafters.assistant import Assistant
 from tandem.errors import ConfigError, DrafterMismatchError
+from tandem.loading import load_model
 from tandem_train.corpus import Corpus, TrainingText
-from tandem_train.evaluate import read_prompts
+from tandem_train.evaluate import evaluate, read_prompts
 from tandem_train.generate import generate
-from tandem_train.train import TrainingConfig, train
+from tandem_train.train import TrainingConfig, save, train
 from tiny_engines import TinyModels
 from triton_runtime import ROOT
 
@@ -59,48 +62,37 @@ def test_all_stages_survive_interruptions_and_teach_the_drafter(
 ) -> None:
     verifier, directory = tiny.verifier("gemma-3"), tmp_path / "work"
     corpus = Corpus(directory / "corpus")
-    options = [*SIZES, *TRAINING]
+    arguments = (verifier, directory, *SIZES, *TRAINING, "--max-tokens", "16")
 
     # A kill leaves all lines but perhaps the last; Ctrl-C leaves all of them.
-    stage = ("generate", verifier, directory, *options)
-    assert interrupt(r" [2-9]\d/240", signal.SIGKILL, *stage) == -signal.SIGKILL
+    assert interrupt(r" [2-9]\d/240", signal.SIGKILL, "generate", *arguments) == -signal.SIGKILL
     before = {text.index: text for text in corpus}
-    assert interrupt(r" 1\d\d/240", signal.SIGINT, *stage) == 130
+    assert interrupt(r" 1\d\d/240", signal.SIGINT, "generate", *arguments) == 130
     assert len(before) < len(list(corpus)) < 240
-    assert run(*stage).returncode == 0
+    assert interrupt(r" [3-9]\d/168", signal.SIGINT, "all", *arguments) == 130
     texts = {text.index: text for text in corpus}
     assert sorted(texts) == list(range(240))
     assert all(texts[index] == text for index, text in before.items())
-
-    stage = ("train", verifier, directory, *options)
-    assert interrupt(r" [3-9]\d/168", signal.SIGINT, *stage) == 130
     stopped_at = log_of(directory)[-1]["step"]
-    result = run(*stage)
+
+    result = run("all", *arguments)
     assert result.returncode == 0, result.stderr
     steps = [entry["step"] for entry in log_of(directory) if "loss" in entry]
     assert steps == list(range(6 * (228 // 8)))
     assert 29 <= stopped_at < steps[-1]
     assert (directory / "training.png").stat().st_size > 5000
-
-    result = run("evaluate", verifier, directory, "--max-tokens", "16")
-    assert result.returncode == 0, result.stderr
     assert "a round of 4 drafts" in result.stdout
     report = json.loads((directory / "evaluation.json").read_text())
     for temperature in ("0", "1"):
         assert report["results"][temperature]["all"]["same_text"] == 40
     # Greedy: under shared noise a tiny verifier's flat distribution is guessed without training.
     trained = report["results"]["0"]["all"]["mean_acceptance_length"]
-    untrained = untrained_length(verifier, directory, options)
+    untrained = untrained_length(verifier, directory)
     assert trained > untrained + 0.5, (trained, untrained)
 
 
-def untrained_length(verifier: Path, directory: Path, options: list[str]) -> float:
-    import torch
-
-    from tandem.drafters.assistant import Assistant
-    from tandem.loading import load_model
-    from tandem_train.train import save
-
+def untrained_length(verifier: Path, directory: Path) -> float:
+    """The greedy mean acceptance length of a drafter with random weights."""
     drafter = load_model(str(directory / "drafter"), torch.float32, torch.device("cpu"))
     assert isinstance(drafter, Assistant)
     torch.manual_seed(0)
@@ -108,10 +100,15 @@ def untrained_length(verifier: Path, directory: Path, options: list[str]) -> flo
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.1)
     save(drafter, directory / "untrained")
-    options = ["--drafter", str(directory / "untrained"), "--temperatures", "0"]
-    result = run("evaluate", verifier, directory, "--max-tokens", "16", *options)
-    assert result.returncode == 0, result.stderr
-    report = json.loads((directory / "evaluation.json").read_text())
+    settings = {
+        "type": "mtp",
+        "model": str(directory / "untrained"),
+        "num_speculative_tokens": 4,
+    }
+    prompts = read_prompts(ROOT / "prompts" / "held_out.jsonl")
+    report = evaluate(
+        str(verifier), settings, prompts, max_tokens=16, temperatures=[0.0], dtype="float32"
+    )
     length: float = report["results"]["0"]["all"]["mean_acceptance_length"]
     return length
 
