@@ -37,7 +37,7 @@ def test_match_returns_what_plain_decoding_would_say(data: st.DataObject) -> Non
     verifier = data.draw(
         st.lists(tokens, min_size=len(drafts) + 1, max_size=len(drafts) + 1), label="verifier"
     )
-    ids, accepted = match(drafts, verifier)
+    ids, accepted, _ = match(drafts, verifier)
     assert ids == verifier[: accepted + 1]
     assert ids[:-1] == drafts[:accepted]
     assert accepted == len(drafts) or drafts[accepted] != verifier[accepted]

@@ -304,13 +304,14 @@ class TritonPythonModel(module.TritonPythonModel):
         verify, bad, worse = self._engine.verify, *self._engine.tokenizer("~^")["input_ids"]
 
         def failing(batch):
-            last = {{token for s in batch for token in s.sequence.token_ids[-40:]}}
-            if worse in last:
+            sequences = [s.sequence for s in batch]
+            prompts = {{t for s in sequences for t in s.token_ids[: s.num_prompt_tokens]}}
+            if worse in prompts:
                 raise RuntimeError("injected for good")
-            if bad in last and not self.__dict__.setdefault("_failed", False):
+            if bad in prompts and not self.__dict__.setdefault("_failed", False):
                 self._failed = True
                 raise torch.OutOfMemoryError("injected")
-            if bad not in last:
+            if bad not in prompts:
                 self._failed = False
             return verify(batch)
 
