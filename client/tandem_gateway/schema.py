@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,7 +36,7 @@ class ResponseFormat(BaseModel):
     json_schema: JSONSchema | None = None
 
 
-class Request(BaseModel):
+class Request(BaseModel, ABC):
     """What both kinds of request have in common, with the extensions of vLLM and Tandem."""
 
     model_config = ConfigDict(extra="forbid")
@@ -92,9 +93,9 @@ class Request(BaseModel):
         return {"json": self.response_format.json_schema.schema_}
 
     @property
+    @abstractmethod
     def prompts(self) -> list[Prompt]:
         """The prompts, each of which is answered `n` times."""
-        raise NotImplementedError
 
 
 class ChatCompletionRequest(Request):

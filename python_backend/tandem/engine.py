@@ -16,6 +16,7 @@ from tandem.acceptance import Verdict, match
 from tandem.admission import Admission
 from tandem.block_pool import BlockPool
 from tandem.config import NO_DRAFTER, EngineConfig
+from tandem.drafter_loading import load_drafters
 from tandem.drafters import Drafter, DraftRequest
 from tandem.errors import (
     InvalidRequestError,
@@ -23,7 +24,7 @@ from tandem.errors import (
     TandemError,
     VerifierOutputError,
 )
-from tandem.loading import load_drafters, load_verifier
+from tandem.loading import load_verifier
 from tandem.logits import TokenLogprobs, adjust, token_logprobs
 from tandem.metrics import DrafterStats, EngineLoad, EngineStats
 from tandem.outputs import Delta, RequestOutput

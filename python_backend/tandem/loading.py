@@ -1,4 +1,4 @@
-"""Verifier and drafters from disk or hub, and whether they fit the cache and each other."""
+"""Models from disk or hub, and whether they fit the cache and each other."""
 
 from __future__ import annotations
 
@@ -24,13 +24,8 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tandem.attention import ATTENTION, PackedBatch, Span
-from tandem.config import DrafterConfig, EngineConfig
-from tandem.drafters import Drafter
-from tandem.drafters.assistant import Assistant, AssistantConfig
-from tandem.drafters.causal_lm import CausalLMDrafter
-from tandem.drafters.combined import CombinedDrafter
-from tandem.drafters.mtp import Gemma4Drafter, MTPDrafter, TrainedDrafter
-from tandem.drafters.ngram import NgramDrafter
+from tandem.config import EngineConfig
+from tandem.drafters.assistant import AssistantConfig
 from tandem.errors import ConfigError, DrafterMismatchError, UnsupportedModelError
 from tandem.kv_cache import KVCache, LayerShape
 from tandem.packing import can_pack, pack_linears
@@ -164,58 +159,6 @@ def _check_vocabulary(
                 f"drafters.{name}: token {token_id} is {mine!r} in {path} and {token!r} in the "
                 "verifier; they must have the same tokenizer"
             )
-
-
-def load_drafters(config: EngineConfig, verifier: LoadedVerifier) -> dict[str, Drafter]:
-    """Makes the drafters that the configuration describes, and those that join two of them.
-
-    Raises:
-        ConfigError: a model can't be found or isn't of the type's kind.
-        DrafterMismatchError: one doesn't fit the verifier.
-    """
-    drafters: dict[str, Drafter] = {}
-    for name, settings in config.drafter_configs.items():
-        drafters[name] = _load_drafter(settings, verifier)
-    limits = config.max_lookaheads
-    for ngram, model in config.drafter_pairs:
-        lookup = drafters[ngram]
-        assert isinstance(lookup, NgramDrafter)
-        drafters[f"{ngram}+{model}"] = CombinedDrafter(
-            lookup, drafters[model], limits[ngram], limits[model]
-        )
-    return drafters
-
-
-def _load_drafter(settings: DrafterConfig, verifier: LoadedVerifier) -> Drafter:
-    if settings.type == "ngram":
-        return NgramDrafter(
-            settings.min_ngram_size, settings.max_ngram_size, settings.num_shared_tokens
-        )
-    if settings.type == "causal_lm":
-        draft_model = verifier.draft_models[settings.name]
-        return CausalLMDrafter(draft_model.model, draft_model.cache)
-    assert settings.model is not None, "DrafterConfig lets no 'mtp' without a model through"
-    return _load_mtp_drafter(settings.name, settings.model, verifier)
-
-
-def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDrafter:
-    assistant = load_model(path, verifier.model.dtype, verifier.model.device)
-    packs = can_pack(assistant.device, assistant.dtype)
-    if isinstance(assistant, Assistant):
-        assistant.attach(verifier.model)
-        if packs:
-            pack_linears(assistant, int8=True)
-        return TrainedDrafter(assistant, verifier.model, verifier.cache)
-    if not hasattr(assistant, "pre_projection"):
-        raise ConfigError(
-            f"drafters.{name}: {path} is a {type(assistant).__name__}; type 'mtp' needs a Gemma 4 "
-            "assistant or one that scripts/train_drafter.py made"
-        )
-    if packs:
-        # The centroid head picks rows of this weight.
-        keep = assistant.lm_head if assistant.masked_embedding else None
-        pack_linears(assistant, keep, int8=True)
-    return Gemma4Drafter(assistant, verifier.model, verifier.cache)
 
 
 def resolve(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:

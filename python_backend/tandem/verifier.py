@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,6 @@ class Verifier:
 
     def forward(self, batch: Items[ScheduledSequence]) -> VerifierOutput:
         """Runs the model over the batch's known tokens and drafts, and writes their K/V."""
-        device = self.model.device
         token_ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -56,15 +56,38 @@ class Verifier:
             if scheduled.yields_token:
                 rows += range(len(token_ids) - len(scheduled.draft_ids) - 1, len(token_ids))
             spans.append(Span(stop - start, stop, sequence.block_table))
-        packed = PackedBatch(spans, self.cache.block_size, self.model.dtype, device)
-        logits = self.model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            cache=self.cache.writer(packed.slots()),
-            use_cache=True,
-            logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
-            packed=packed,
-        ).logits
+        logits = packed_logits(self.model, self.cache, spans, token_ids, positions, rows)
         assert self._hidden is not None
         hidden, self._hidden = self._hidden, None
-        return VerifierOutput(logits[0], hidden[0])
+        return VerifierOutput(logits, hidden[0])
+
+
+def packed_logits(
+    model: PreTrainedModel,
+    cache: KVCache,
+    spans: Items[Span],
+    token_ids: list[int],
+    positions: list[int],
+    rows: list[int],
+) -> Tensor:
+    """One pass of a causal LM over a packed row, whose K/V it writes.
+
+    Args:
+        spans: how the row is divided among sequences.
+        token_ids, positions: of the row.
+        rows: the places in it behind which logits are wanted.
+
+    Returns:
+        `[len(rows), vocab_size]`.
+    """
+    caller: Any = model
+    packed = PackedBatch(spans, cache.block_size, model.dtype, model.device)
+    logits: Tensor = caller(
+        input_ids=torch.tensor([token_ids], device=model.device),
+        position_ids=torch.tensor([positions], device=model.device),
+        cache=cache.writer(packed.slots()),
+        use_cache=True,
+        logits_to_keep=torch.tensor(rows, dtype=torch.long, device=model.device),
+        packed=packed,
+    ).logits
+    return logits[0]

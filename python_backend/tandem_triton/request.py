@@ -6,11 +6,9 @@ import dataclasses
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence as Items
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tandem import (
@@ -25,7 +23,7 @@ from tandem import (
     TandemError,
 )
 from tandem.options import NAMES, RequestOptions, parse_json, parse_options, with_bias
-from tandem.outputs import output_text, shown_ids
+from tandem_triton.choice import Choice, output_tensor
 from tandem_triton.inputs import read_prompt, read_tensor
 from tandem_triton.metrics import MetricsExporter
 
@@ -42,7 +40,7 @@ class Request:
         self._sender = request.get_response_sender()
         self._lock = threading.Lock()
         self._done = False
-        self._choices: dict[Sequence, _Choice] = {}
+        self._choices: dict[Sequence, Choice] = {}
         timeout = request.timeout()  # microseconds, 0 for none
         self._deadline = arrived_at + timeout / 1e6 if timeout else float("inf")
 
@@ -70,7 +68,7 @@ class Request:
             elif options.n > 1:
                 sequence.seed = (sequence.seed + index) & _MAX_SEED
             drafter = sequence.drafter  # one that was drawn is drawn for all
-            choice = _Choice(index, sequence, engine.tokenizer, engine.config.block_size)
+            choice = Choice(index, sequence, engine.tokenizer, engine.config.block_size)
             if not options.exclude_input_in_output:
                 choice.text = prompt if isinstance(prompt, str) else echo
             self._choices[sequence] = choice
@@ -120,12 +118,12 @@ class Request:
         elif is_last:
             self._respond(list(self._choices.values()), is_last)
 
-    def _respond(self, choices: list[_Choice], is_last: bool) -> None:
+    def _respond(self, choices: list[Choice], is_last: bool) -> None:
         columns: dict[str, list[Any]] = {}
         for choice in choices:
             for name, value in choice.take(self._options).items():
                 columns.setdefault(name, []).append(value)
-        tensors = [_tensor(name, values) for name, values in columns.items()]
+        tensors = [output_tensor(name, values) for name, values in columns.items()]
         response = pb_utils.InferenceResponse(output_tensors=tensors)
         self._send(response, _FINAL if is_last else 0)
 
@@ -136,130 +134,6 @@ class Request:
             self._sender.send(response, flags)
 
 
-class _Choice:
-    """One of a request's sequences, and what of it hasn't been sent."""
-
-    def __init__(self, index: int, sequence: Sequence, tokenizer: Any, block_size: int) -> None:
-        self._block_size = block_size
-        self.index = index
-        self.ended = False
-        self.text = ""
-        self._sequence = sequence
-        self._shown = output_text(tokenizer, sequence)
-        self._tokenizer = tokenizer
-        self._admitted_at = time.monotonic()
-        self._first_token_at: float | None = None
-        self._accepted_text_length = 0
-        self._counts: Counter[str] = Counter()  # since the last response, by output
-        self._token_ids: list[int] = []
-        self._is_accepted_draft: list[bool] = []
-        self._logprobs: list[dict[str, Any]] = []
-        self._new_logprobs: list[float] = []
-        self._cumulative_logprob = 0.0
-
-    def add(self, delta: Delta) -> None:
-        """Adds what a step brought."""
-        if self._first_token_at is None:
-            self._first_token_at = time.monotonic()
-        self.ended = delta.finish_reason is not None
-        split = delta.num_accepted_tokens
-        shown = shown_ids(self._sequence, delta.token_ids) if self.ended else delta.token_ids
-        accepted = self._shown.push(shown[:split])
-        text = accepted + self._shown.push(shown[split:])
-        if self.ended:
-            text += self._shown.flush()
-        # Text of accepted drafts comes first in a response of one step; in others there is no such
-        # place.
-        self._accepted_text_length = 0 if self.text else len(accepted)
-        self.text += text
-        self._counts.update(
-            num_output_tokens=len(delta.token_ids),
-            num_drafts=int(delta.num_draft_tokens > 0),
-            num_draft_tokens=delta.num_draft_tokens,
-            num_accepted_tokens=split,
-        )
-        self._token_ids += delta.token_ids
-        self._is_accepted_draft += [place < split for place in range(len(delta.token_ids))]
-        for logprob in delta.logprobs:
-            self._cumulative_logprob += logprob.logprob
-            self._new_logprobs.append(logprob.logprob)
-            self._logprobs.append(_describe(logprob, self._tokenizer))
-
-    def take(self, options: RequestOptions) -> dict[str, Any]:
-        """The outputs of a response, which are gone from here then."""
-        sequence = self._sequence
-        reason = sequence.finish_reason if self.ended else None
-        outputs: dict[str, Any] = {
-            "text_output": self.text,
-            "finish_reason": reason.value if reason else "",
-            "sequence_index": self.index,
-            "num_input_tokens": sequence.num_prompt_tokens,
-            **{name: self._counts[name] for name in _COUNTS},
-            "accepted_text_length": self._accepted_text_length,
-        }
-        if options.return_token_ids:
-            outputs["output_ids"] = self._token_ids
-            outputs["is_accepted_draft"] = self._is_accepted_draft
-        if options.params.logprobs is not None:
-            outputs["logprobs"] = json.dumps(self._logprobs)
-            outputs["output_log_probs"] = self._new_logprobs
-            outputs["cumulative_logprob"] = self._cumulative_logprob
-            outputs["cum_log_probs"] = self._cumulative_logprob
-        if self.ended or options.return_perf_metrics:
-            outputs |= self._totals()
-        if options.return_perf_metrics:
-            outputs |= self._perf_metrics()
-        self.text, self._accepted_text_length = "", 0
-        self._token_ids, self._is_accepted_draft = [], []
-        self._logprobs, self._new_logprobs = [], []
-        self._counts.clear()
-        return outputs
-
-    def observe(self, metrics: MetricsExporter) -> None:
-        """Reports how long a sequence that has ended took."""
-        sequence, now = self._sequence, time.monotonic()
-        assert sequence.finish_reason is not None
-        assert sequence.started_at is not None
-        assert self._first_token_at is not None
-        metrics.count("request_success_total", finished_reason=sequence.finish_reason.value)
-        for name, start, end in (
-            ("request_queue_time_seconds", self._admitted_at, sequence.started_at),
-            ("time_to_first_token_seconds", self._admitted_at, self._first_token_at),
-            ("e2e_request_latency_seconds", self._admitted_at, now),
-        ):
-            metrics.observe(name, end - start)
-        if sequence.num_output_tokens > 1:
-            seconds = (now - self._first_token_at) / (sequence.num_output_tokens - 1)
-            metrics.observe("time_per_output_token_seconds", seconds)
-
-    def _perf_metrics(self) -> dict[str, Any]:
-        """TensorRT-LLM's figures; its clock is a steady one too."""
-        sequence = self._sequence
-        num_blocks = -(-sequence.num_tokens // self._block_size)
-        return {
-            "kv_cache_alloc_new_blocks": num_blocks,
-            "kv_cache_reused_blocks": 0,
-            "kv_cache_alloc_total_blocks": num_blocks,
-            "arrival_time_ns": _nanoseconds(self._admitted_at),
-            "first_scheduled_time_ns": _nanoseconds(sequence.started_at),
-            "first_token_time_ns": _nanoseconds(self._first_token_at),
-            "last_token_time_ns": _nanoseconds(time.monotonic()),
-        }
-
-    def _totals(self) -> dict[str, Any]:
-        sequence, now = self._sequence, time.monotonic()
-        first_token_at = self._first_token_at or now
-        return {
-            "stop_reason": "" if sequence.stop_reason is None else str(sequence.stop_reason),
-            "seed": sequence.seed,
-            "acceptance_rate": sequence.num_accepted_tokens / max(1, sequence.num_draft_tokens),
-            "total_draft_tokens": sequence.num_draft_tokens,
-            "total_accepted_draft_tokens": sequence.num_accepted_tokens,
-            "time_to_first_token": first_token_at - self._admitted_at,
-            "total_time": now - self._admitted_at,
-        }
-
-
 # Errors -> how `/metrics` names them.
 _REASONS: dict[type[TandemError], str] = {
     InvalidRequestError: "invalid",
@@ -267,76 +141,6 @@ _REASONS: dict[type[TandemError], str] = {
     DeadlineExceededError: "timeout",
     EngineStoppedError: "stopped",
 }
-# TensorRT-LLM's, which its clients read with a dimension more: `[n, 1]`.
-_COLUMNS = (
-    "sequence_index",
-    "acceptance_rate",
-    "total_draft_tokens",
-    "total_accepted_draft_tokens",
-    "kv_cache_alloc_new_blocks",
-    "kv_cache_reused_blocks",
-    "kv_cache_alloc_total_blocks",
-    "arrival_time_ns",
-    "first_scheduled_time_ns",
-    "first_token_time_ns",
-    "last_token_time_ns",
-)
-_COUNTS = ("num_output_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens")
-_DTYPES: dict[str, Any] = {
-    "text_output": np.object_,
-    "finish_reason": np.object_,
-    "stop_reason": np.object_,
-    "logprobs": np.object_,
-    "seed": np.uint64,
-    "is_accepted_draft": bool,
-    "arrival_time_ns": np.int64,
-    "first_scheduled_time_ns": np.int64,
-    "first_token_time_ns": np.int64,
-    "last_token_time_ns": np.int64,
-    **dict.fromkeys(
-        (
-            "output_log_probs",
-            "cumulative_logprob",
-            "cum_log_probs",
-            "acceptance_rate",
-            "time_to_first_token",
-            "total_time",
-        ),
-        np.float32,
-    ),
-}
-
-
-def _tensor(name: str, values: list[Any]) -> Any:
-    """An output with an element, or a list, for each sequence; lists are padded with -1."""
-    dtype = _DTYPES.get(name, np.int32)
-    if isinstance(values[0], list):
-        width = max(map(len, values))
-        values = [[*row, *[-1] * (width - len(row))] for row in values]
-    elif dtype is np.object_:
-        values = [value.encode() for value in values]
-    array = np.array(values, dtype=dtype)
-    return pb_utils.Tensor(name, array[:, np.newaxis] if name in _COLUMNS else array)
-
-
-def _nanoseconds(seconds: float | None) -> int:
-    assert seconds is not None
-    return int(seconds * 1e9)
-
-
-def _describe(logprob: Any, tokenizer: Any) -> dict[str, Any]:
-    """As vLLM's backend writes them: token id -> log probability, rank and text."""
-    entries = {
-        token_id: {"logprob": value, "rank": rank}
-        for rank, (token_id, value) in enumerate(logprob.top, start=1)
-    }
-    chosen = {"logprob": logprob.logprob, "rank": logprob.rank}
-    # The chosen token comes first.
-    entries = {logprob.token_id: chosen} | entries
-    return {
-        str(token_id): {**entry, "decoded_token": tokenizer.decode([token_id])}
-        for token_id, entry in entries.items()
-    }
 
 
 # --- reading

@@ -7,17 +7,17 @@ Source: Leviathan, Kalman and Matias, "Fast inference from transformers via spec
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tandem.attention import PackedBatch, Span
+from tandem.attention import Span
 from tandem.drafters import Drafter, DraftRequest
 from tandem.kv_cache import KVCache
 from tandem.sampling import Draw, sample
 from tandem.sequence import ScheduledSequence, Sequence
+from tandem.verifier import packed_logits
 
 
 class _Part(NamedTuple):
@@ -37,7 +37,7 @@ class CausalLMDrafter(Drafter):
     """
 
     def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
-        self._model: Any = model
+        self._model = model
         self._cache = cache
         self._num_valid: dict[int, int] = {}
 
@@ -83,7 +83,6 @@ class CausalLMDrafter(Drafter):
 
     def _forward(self, parts: Items[_Part]) -> Tensor:
         """Logits behind the last token of each part, `[len(parts), vocab_size]`."""
-        device = self._model.device
         spans, rows = [], []
         token_ids: list[int] = []
         positions: list[int] = []
@@ -94,13 +93,4 @@ class CausalLMDrafter(Drafter):
             positions += range(part.start, stop)
             rows.append(len(token_ids) - 1)
             self._num_valid[part.sequence.id] = stop
-        packed = PackedBatch(spans, self._cache.block_size, self._model.dtype, device)
-        logits: Tensor = self._model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            cache=self._cache.writer(packed.slots()),
-            use_cache=True,
-            logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
-            packed=packed,
-        ).logits
-        return logits[0]
+        return packed_logits(self._model, self._cache, spans, token_ids, positions, rows)
