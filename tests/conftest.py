@@ -20,6 +20,14 @@ settings.register_profile("tandem", deadline=None, derandomize=True, database=No
 settings.load_profile("tandem")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Costs measured in tests are none of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("models"))
@@ -50,6 +58,7 @@ def make_engine(tiny: TinyModels) -> Iterator[Callable[..., Engine]]:
             "max_model_len": 200,
             "kv_cache_tokens": 6400,
             "max_num_seqs": 32,
+            "lookahead": "fixed",
             **settings,
         }
         engines.append(Engine(EngineConfig(**settings)))

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 from tandem import Engine, SamplingParams, Sequence
-from tandem.drafters import Drafter, DraftRequest
+from tandem.drafters import Drafter, DraftRequest, GoesOn, always
+from tandem.sequence import Draft
 
 
 class OracleDrafter(Drafter):
@@ -16,8 +17,8 @@ class OracleDrafter(Drafter):
     def __init__(self, outputs: Mapping[int, list[int]]) -> None:
         self._outputs = outputs
 
-    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
-        return [self._continue(request.sequence, request.num_tokens) for request in requests]
+    def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
+        return [Draft(self._continue(r.sequence, r.num_tokens)) for r in requests]
 
     def _continue(self, sequence: Sequence, count: int) -> list[int]:
         start = sequence.num_output_tokens
@@ -27,18 +28,19 @@ class OracleDrafter(Drafter):
 class WrongDrafter(OracleDrafter):
     """Always wrong, from the first draft on."""
 
-    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
-        return [[(token ^ 1) for token in draft] for draft in super().propose(requests)]
+    def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
+        drafts = super().propose(requests)
+        return [Draft([token ^ 1 for token in draft.token_ids]) for draft in drafts]
 
 
 class HalfDrafter(OracleDrafter):
     """Right once or twice, then wrong: something is accepted and something rejected."""
 
-    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
+    def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
         drafts = super().propose(requests)
-        for request, draft in zip(requests, drafts, strict=True):
+        for request, (token_ids, *_) in zip(requests, drafts, strict=True):
             right = 1 + request.sequence.num_output_tokens % 2
-            draft[right:] = [token ^ 1 for token in draft[right:]]
+            token_ids[right:] = [token ^ 1 for token in token_ids[right:]]
         return drafts
 
 

@@ -51,6 +51,7 @@ def engine_with(verifier: Path, drafter: Path, **settings: Any) -> Engine:
             dtype="float32",
             drafters={"mtp": {"model": str(drafter), "num_speculative_tokens": LOOKAHEAD}},
             max_model_len=256,
+            lookahead="fixed",
             block_size=4,
             kv_cache_tokens=2048,
             **settings,

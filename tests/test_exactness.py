@@ -8,7 +8,10 @@ from dataclasses import replace
 import pytest
 
 from doubles import HalfDrafter, OracleDrafter, WrongDrafter, finish, plain, prompt_of, run
+from made_up_costs import FLAT, VERIFY, costs
 from tandem import Engine, FinishReason, SamplingParams
+from tandem.costs import CostModel
+from tandem.lookahead import AdaptiveLookahead
 from tiny_engines import MAX_LOOKAHEAD
 from tiny_models import ASSISTANTS
 
@@ -86,6 +89,35 @@ def test_tokens_equal_plain_decoding_for_every_lookahead(
         assert all(sequence.num_verify_steps == NUM_TOKENS for sequence in sequences)
     elif drafter == "half":
         assert 0 < accepted < drafted
+
+
+@pytest.mark.parametrize(
+    "drafter", ["ngram", "oracle", "half", "mtp", "causal_lm", "ngram+mtp", "ngram+causal_lm"]
+)
+def test_tokens_equal_plain_decoding_with_an_adaptive_lookahead(
+    engines, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    """At costs under which hardly a draft pays, and under which the worst does."""
+    verifier = "gemma-4-E2B" if "mtp" in drafter else "llama"
+    causal_lm = "qwen-3" if "causal_lm" in drafter else None
+    engine = engines(verifier, mtp="mtp" in drafter, causal_lm=causal_lm, **WIDE)
+    expected = outputs_by_seed(engine)
+    name = use(monkeypatch, engine, drafter)
+    lengths = set()
+    batches = [*([request] for request in REQUESTS), REQUESTS, REQUESTS * 4]
+    for verify in (VERIFY, FLAT):
+        lookahead = AdaptiveLookahead(CostModel(costs(*engine.drafters, verify=verify)))
+        monkeypatch.setattr(engine, "lookahead", lookahead)
+        for batch in batches:
+            sequences = [engine.make_sequence(*request, drafter=name) for request in batch]
+            for sequence in sequences:
+                engine.add(sequence)
+            while engine.has_work:
+                lengths |= {delta.num_draft_tokens for delta in engine.step()}
+            for sequence in sequences:
+                assert sequence.output_ids == expected[sequence.seed]
+        assert not lookahead.num_known
+    assert len(lengths) > 1
 
 
 @pytest.mark.parametrize("verifier", [name for name in ASSISTANTS if name != "gemma-4-E2B"])

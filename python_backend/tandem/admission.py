@@ -64,6 +64,7 @@ class Admission:
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             drafter=drafter,
             max_lookahead=max_lookahead,
+            fixed_lookahead=num_speculative_tokens is not None,
             bad_words=self._bad_words(params),
             output_text=self._output_text(params),
             grammar=self._grammars.compile(params.guide) if params.guide else None,

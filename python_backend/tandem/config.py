@@ -16,6 +16,7 @@ from tandem.errors import ConfigError
 NO_DRAFTER = "none"
 DRAFTER_TYPES = ("causal_lm", "mtp", "ngram")
 _MODEL_TYPES = ("causal_lm", "mtp")
+LOOKAHEADS = ("adaptive", "fixed")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 T = TypeVar("T")
@@ -104,6 +105,8 @@ class EngineConfig:
             `gpu_memory_utilization` leaves after the weights and a trial pass; on a CPU enough for
             `max_num_seqs` sequences of `max_model_len`, up to a quarter of the free memory.
         gpu_memory_utilization: share of the GPU's memory that this process may fill.
+        lookahead: "adaptive" drafts as far as it pays by measured costs and acceptance, at most
+            each drafter's `num_speculative_tokens`; "fixed" always as many.
     """
 
     verifier: str
@@ -118,6 +121,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
+    lookahead: str = "adaptive"
 
     def __post_init__(self) -> None:
         where = "engine"
@@ -125,6 +129,10 @@ class EngineConfig:
             raise ConfigError(f"{where}: verifier must be a directory or hub id")
         if self.dtype not in DTYPES:
             raise ConfigError(f"{where}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.lookahead not in LOOKAHEADS:
+            raise ConfigError(
+                f"{where}: unknown lookahead {self.lookahead!r}; known: {', '.join(LOOKAHEADS)}"
+            )
         _check_int(where, "max_num_seqs", self.max_num_seqs, 1)
         _check_int(where, "block_size", self.block_size, 1)
         _check_int(where, "max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)

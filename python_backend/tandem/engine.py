@@ -15,7 +15,9 @@ import torch
 from tandem.acceptance import Verdict, match
 from tandem.admission import Admission
 from tandem.block_pool import BlockPool
+from tandem.calibration import Calibration, calibrate
 from tandem.config import NO_DRAFTER, EngineConfig
+from tandem.costs import CostModel
 from tandem.drafter_loading import load_drafters
 from tandem.drafters import Drafter, DraftRequest
 from tandem.errors import (
@@ -26,12 +28,13 @@ from tandem.errors import (
 )
 from tandem.loading import load_verifier
 from tandem.logits import TokenLogprobs, adjust, token_logprobs
+from tandem.lookahead import AdaptiveLookahead, Lookahead
 from tandem.metrics import DrafterStats, EngineLoad, EngineStats
 from tandem.outputs import Delta, RequestOutput
 from tandem.params import SamplingParams
 from tandem.sampling import Draw, sample
 from tandem.scheduler import Scheduler
-from tandem.sequence import FinishReason, ScheduledSequence, Sequence
+from tandem.sequence import Draft, FinishReason, ScheduledSequence, Sequence
 from tandem.verifier import Verifier, VerifierOutput
 
 logger = logging.getLogger("tandem")
@@ -73,6 +76,7 @@ class Engine:
             config,
         )
         self._lock = Lock()
+        self.lookahead = self._make_lookahead()
         logger.info(
             "loaded %s in %s on %s, drafters: %s; took %.1f s",
             config.verifier,
@@ -81,6 +85,12 @@ class Engine:
             ", ".join([NO_DRAFTER, *self.drafters]),
             time.monotonic() - started,
         )
+
+    def _make_lookahead(self) -> Lookahead:
+        if self.config.lookahead == "fixed" or not self.drafters:
+            return Lookahead()
+        calibration = Calibration(self.verifier, self.drafters, self.scheduler, self.accept)
+        return AdaptiveLookahead(CostModel(calibrate(self.config, calibration)))
 
     # --- requests
 
@@ -156,6 +166,7 @@ class Engine:
         with self.stats.time("accept"):
             verdicts = self.accept(batch, output)
         with self.stats.time("commit"):
+            self.lookahead.observe(batch, [v and v.num_accepted for v in verdicts], self.stats.last)
             return ended + self.commit(batch, output, verdicts)
 
     def schedule(self) -> list[ScheduledSequence]:
@@ -165,6 +176,11 @@ class Engine:
         now = time.monotonic()
         for scheduled in batch:
             scheduled.sequence.started_at = scheduled.sequence.started_at or now
+            grammar = scheduled.sequence.grammar
+            if scheduled.num_draft_tokens > 0 and grammar is not None:
+                scheduled.draft = Draft(grammar.forced()).first(scheduled.num_draft_tokens)
+                scheduled.is_forced = bool(scheduled.draft.token_ids)
+        self.lookahead.plan(batch)
         return batch
 
     def draft(self, batch: list[ScheduledSequence]) -> None:
@@ -174,25 +190,20 @@ class Engine:
         for scheduled in batch:
             if not scheduled.sequence.is_decoding and scheduled.sequence.max_lookahead > 0:
                 prompts[scheduled.sequence.drafter].append(scheduled)
-            if scheduled.num_draft_tokens > 0:
-                scheduled.draft_ids = self._forced(scheduled)
-                if not scheduled.draft_ids:
-                    by_drafter[scheduled.sequence.drafter].append(scheduled)
+            if scheduled.num_draft_tokens > 0 and not scheduled.is_forced:
+                by_drafter[scheduled.sequence.drafter].append(scheduled)
         for name, group in prompts.items():
             self.drafters[name].prefill(group)
         for name, group in by_drafter.items():
             requests = [DraftRequest(s.sequence, s.num_draft_tokens) for s in group]
-            proposals = self.drafters[name].propose(requests)
-            for scheduled, draft_ids in zip(group, proposals, strict=True):
-                assert len(draft_ids) <= scheduled.num_draft_tokens
+            drafts = self.drafters[name].propose(requests, self.lookahead.goes_on)
+            for scheduled, draft in zip(group, drafts, strict=True):
+                assert len(draft.token_ids) <= scheduled.num_draft_tokens
                 grammar = scheduled.sequence.grammar
-                count = len(draft_ids) if grammar is None else grammar.num_valid(draft_ids)
-                scheduled.draft_ids = draft_ids[:count]
-
-    @staticmethod
-    def _forced(scheduled: ScheduledSequence) -> list[int]:
-        grammar = scheduled.sequence.grammar
-        return [] if grammar is None else grammar.forced()[: scheduled.num_draft_tokens]
+                if grammar is not None:
+                    draft = draft.first(grammar.num_valid(draft.token_ids))
+                scheduled.draft = draft
+        self.lookahead.choose(batch)
 
     def verify(self, batch: list[ScheduledSequence]) -> VerifierOutput:
         """One packed pass of the verifier over known tokens and drafts."""
@@ -291,6 +302,7 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
+        self.lookahead.forget(sequence)
         drafter = self.drafters.get(sequence.drafter)
         if drafter is not None:
             drafter.forget(sequence)

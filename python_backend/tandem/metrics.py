@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+PHASES = ("schedule", "draft", "verify", "accept", "commit")
 _MAX_PHASES = 10_000
 
 
@@ -36,12 +37,16 @@ class EngineStats:
     # Seconds of the phases of recent steps, for whoever takes them away.
     phases: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_MAX_PHASES))
 
+    # Seconds of each phase when it last ran.
+    last: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Records how long a phase took; on a GPU, what it left running counts to a later one."""
         started = time.perf_counter()
         yield
-        self.phases.append((phase, time.perf_counter() - started))
+        self.last[phase] = time.perf_counter() - started
+        self.phases.append((phase, self.last[phase]))
 
 
 @dataclass(frozen=True)

@@ -131,15 +131,41 @@ def sample(logits: Tensor, draws: Items[Draw], token_ids: Tensor | None = None) 
     Returns:
         Token ids, `[num_rows]`.
     """
+    chosen = _choose(logits, draws, token_ids)
+    return chosen if token_ids is None else _at(token_ids, chosen)
+
+
+class Guess(NamedTuple):
+    """Tokens that a drafter sampled, and the probabilities that it gave them; `[num_rows]`."""
+
+    token_ids: Tensor
+    confidences: Tensor
+
+
+def guess(logits: Tensor, draws: Items[Draw], token_ids: Tensor | None = None) -> Guess:
+    """Samples like `sample`, and says how likely each token was under its row's temperature."""
+    chosen = _choose(logits, draws, token_ids)
+    temperatures = [1.0 if draw.params.is_greedy else draw.params.temperature for draw in draws]
+    scores = logits.float() / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+    confidences = (_at(scores, chosen) - scores.logsumexp(dim=-1)).exp()
+    return Guess(chosen if token_ids is None else _at(token_ids, chosen), confidences)
+
+
+def _at(values: Tensor, candidate: Tensor) -> Tensor:
+    """One value of each row, `[num_rows]`."""
+    return values.gather(1, candidate.unsqueeze(1)).squeeze(1)
+
+
+def _choose(logits: Tensor, draws: Items[Draw], token_ids: Tensor | None) -> Tensor:
+    """The candidate that each row samples, `[num_rows]`."""
     rows = _Rows.of(draws, logits.device)
     if rows is not None and len(rows.index) == len(draws):
-        chosen = _sample_rows(logits, rows, token_ids)
-    else:
-        chosen = logits.argmax(dim=-1)
-        if rows is not None:
-            ids = None if token_ids is None else token_ids[rows.index]
-            chosen[rows.index] = _sample_rows(logits[rows.index], rows, ids)
-    return chosen if token_ids is None else token_ids.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        return _sample_rows(logits, rows, token_ids)
+    chosen = _argmax(logits)
+    if rows is not None:
+        ids = None if token_ids is None else token_ids[rows.index]
+        chosen[rows.index] = _sample_rows(logits[rows.index], rows, ids)
+    return chosen
 
 
 def _sample_rows(logits: Tensor, rows: _Rows, token_ids: Tensor | None) -> Tensor:
@@ -170,6 +196,17 @@ def _sample_rows(logits: Tensor, rows: _Rows, token_ids: Tensor | None) -> Tenso
     row, candidate = row[index], group[index] * groups.shape[2] + offset
     perturbed = scores[index, offset] + gumbel(rows.key[row, 0], token_of(row, candidate))
     return _argmax_by_row(perturbed, row, candidate, len(best))
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The likeliest candidate of each row, `[num_rows]`, the first of equals.
+
+    By way of the blocks' maxima, which a CPU finds some twenty times faster than their place.
+    """
+    blocks = _blocks(logits)
+    block = blocks.amax(dim=-1).argmax(dim=-1)
+    offset = blocks[torch.arange(len(block), device=logits.device), block].argmax(dim=-1)
+    return block * _BLOCK + offset
 
 
 def _blocks(logits: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from tandem.block_pool import BlockPool
-from tandem.lookahead import lookahead
+from tandem.lookahead import draft_limit
 from tandem.sequence import ScheduledSequence, Sequence
 
 
@@ -75,7 +75,7 @@ class Scheduler:
             budget //= 2  # the rest is for prompts
         for scheduled in batch:
             sequence = scheduled.sequence
-            num_drafts = min(lookahead(sequence, self.max_model_len), budget)
+            num_drafts = min(draft_limit(sequence, self.max_model_len), budget)
             if self.pool.grow(sequence, sequence.num_tokens + num_drafts):
                 scheduled.num_draft_tokens = num_drafts
                 budget -= num_drafts

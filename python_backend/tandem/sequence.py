@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from tandem.errors import InvalidRequestError, TandemError
 from tandem.grammar import Grammar
@@ -24,6 +25,9 @@ class FinishReason(StrEnum):
 class Sequence:
     """The state of one request.
 
+    A round has `max_lookahead` draft tokens at most; exactly as many, where there is room, with
+    `fixed_lookahead`.
+
     `token_ids` holds prompt and output. The K/V of the first `num_computed` tokens are in the
     cache and committed; while the sequence decodes, exactly one token is left to compute.
 
@@ -39,6 +43,7 @@ class Sequence:
     seed: int
     drafter: str
     max_lookahead: int
+    fixed_lookahead: bool = False
     bad_words: tuple[tuple[int, ...], ...] = ()
     output_text: OutputText | None = None
     grammar: Grammar | None = None
@@ -122,9 +127,6 @@ class Sequence:
         self.stop_reason = self.output_text.matched
         return self.stop_reason is not None
 
-    def _completes_grammar(self) -> bool:
-        return self.grammar is not None and self.grammar.is_complete
-
     def finish(self, reason: FinishReason, error: TandemError | None = None) -> None:
         """Ends the sequence; it never runs again."""
         assert not self.is_finished, f"sequence {self.id} ended twice"
@@ -132,18 +134,41 @@ class Sequence:
         self.error = error
 
 
+class Draft(NamedTuple):
+    """What a drafter guesses for one sequence.
+
+    `confidences` says how sure it is of each token if those before it are right, from 0 to 1;
+    empty if it can't say. `source` tells guesses apart whose confidences mean different things.
+    """
+
+    token_ids: list[int]
+    confidences: list[float] = []  # noqa: RUF012
+    source: str = ""
+
+    def first(self, count: int) -> Draft:
+        """The draft's first `count` tokens."""
+        return self._replace(token_ids=self.token_ids[:count], confidences=self.confidences[:count])
+
+
 @dataclass(eq=False)
 class ScheduledSequence:
     """One sequence's part of a step.
 
-    The pass computes `num_tokens` known tokens, then the drafts. `num_draft_tokens` is the most
-    that the drafter may propose; it fills `draft_ids`.
+    The pass computes `num_tokens` known tokens, then the first `num_draft_tokens` of `draft`.
+    Until there is a draft, that is how long it may be at most. A draft `is_forced` if a grammar
+    leaves no other tokens.
     """
 
     sequence: Sequence
     num_tokens: int
     num_draft_tokens: int
-    draft_ids: list[int] = field(default_factory=list)
+    draft: Draft = field(default_factory=lambda: Draft([]))
+    is_forced: bool = False
+
+    @property
+    def draft_ids(self) -> list[int]:
+        """The draft tokens that the pass computes."""
+        return self.draft.token_ids[: self.num_draft_tokens]
 
     @property
     def yields_token(self) -> bool:

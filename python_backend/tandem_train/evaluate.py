@@ -149,6 +149,7 @@ def evaluate(
             device=device,
             drafters={DRAFTER: drafter},
             max_num_seqs=1,
+            lookahead="fixed",
         )
     )
     lookahead = engine.config.drafter_configs[DRAFTER].num_speculative_tokens

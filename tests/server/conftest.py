@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "drafters": {"ngram": {"num_speculative_tokens": 4, "min_ngram_size": 1}},
     "max_num_seqs": 8,
     "max_model_len": MAX_MODEL_LEN,
+    "lookahead": "fixed",
 }
 
 

@@ -6,12 +6,13 @@ A drafter never changes what is generated, only how fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 from torch import Tensor
 
-from tandem.sequence import ScheduledSequence, Sequence
+from tandem.sequence import Draft, ScheduledSequence, Sequence
 
 
 class DraftRequest(NamedTuple):
@@ -21,12 +22,26 @@ class DraftRequest(NamedTuple):
     num_tokens: int
 
 
+# Whether one guess more for each of these sequences pays, given how sure their drafter was of each
+# guess of the round so far.
+GoesOn = Callable[[Items[Sequence], Items[Items[float]]], bool]
+
+
+def always(sequences: Items[Sequence], confidences: Items[Items[float]]) -> bool:
+    """A `GoesOn` for rounds of fixed length."""
+    return True
+
+
 class Drafter(ABC):
     """Proposes draft tokens for the sequences of one step; keeps nothing unless it overrides so."""
 
     @abstractmethod
-    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
-        """Guesses up to `num_tokens` tokens that follow each sequence's known ones."""
+    def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
+        """Guesses up to `num_tokens` tokens that follow each sequence's known ones.
+
+        Args:
+            goes_on: asked before each further guess that costs something.
+        """
 
     def prefill(self, batch: Items[ScheduledSequence]) -> None:  # noqa: B027
         """Takes the chunks of prompts that the verifier is about to compute."""

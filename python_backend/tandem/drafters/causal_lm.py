@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.attention import Span
-from tandem.drafters import Drafter, DraftRequest
+from tandem.drafters import Drafter, DraftRequest, GoesOn, always
 from tandem.kv_cache import KVCache
-from tandem.sampling import Draw, sample
-from tandem.sequence import ScheduledSequence, Sequence
+from tandem.sampling import Draw, guess
+from tandem.sequence import Draft, ScheduledSequence, Sequence
 from tandem.verifier import packed_logits
 
 
@@ -53,20 +53,26 @@ class CausalLMDrafter(Drafter):
         if parts:
             self._forward(parts)
 
-    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
-        """Guesses exactly `num_tokens` tokens for each sequence."""
-        drafts: list[list[int]] = [[] for _ in requests]
+    def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
+        """Guesses `num_tokens` tokens for each sequence, fewer if going on doesn't pay."""
+        drafts = [Draft([], []) for _ in requests]
         for step in range(max(request.num_tokens for request in requests)):
             live = [i for i, request in enumerate(requests) if request.num_tokens > step]
+            sequences = [requests[i].sequence for i in live]
+            if step > 0 and not goes_on(sequences, [drafts[i].confidences for i in live]):
+                break
             parts, draws = [], []
-            for index in live:
-                sequence = requests[index].sequence
+            for index, sequence in zip(live, sequences, strict=True):
                 start = self._start(sequence) if step == 0 else sequence.num_tokens + step - 1
-                parts.append(_Part(sequence, start, (sequence.token_ids + drafts[index])[start:]))
+                known = sequence.token_ids + drafts[index].token_ids
+                parts.append(_Part(sequence, start, known[start:]))
                 draws.append(Draw(sequence.params, sequence.seed, sequence.num_tokens + step))
-            guesses = sample(self._forward(parts), draws).tolist()
-            for index, token_id in zip(live, guesses, strict=True):
-                drafts[index].append(token_id)
+            token_ids, confidences = guess(self._forward(parts), draws)
+            for index, token_id, confidence in zip(
+                live, token_ids.tolist(), confidences.tolist(), strict=True
+            ):
+                drafts[index].token_ids.append(token_id)
+                drafts[index].confidences.append(confidence)
         return drafts
 
     def observe(self, sequence: Sequence, hidden: Tensor) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence as Items
 
 from torch import Tensor
 
-from tandem.drafters import Drafter, DraftRequest
+from tandem.drafters import Drafter, DraftRequest, GoesOn, always
 from tandem.drafters.ngram import NgramDrafter, copy
-from tandem.sequence import ScheduledSequence, Sequence
+from tandem.sequence import Draft, ScheduledSequence, Sequence
 
 # A match of this many tokens is rarely chance; a model is better than shorter ones.
 _MIN_MATCH = 5
@@ -26,9 +26,9 @@ class CombinedDrafter(Drafter):
         self._num_ngram_tokens = num_ngram_tokens
         self._num_model_tokens = num_model_tokens
 
-    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
+    def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
         """What followed a long match, or the model's guesses."""
-        drafts: list[list[int]] = [[] for _ in requests]
+        drafts = [Draft([]) for _ in requests]
         left: list[tuple[int, DraftRequest]] = []
         for index, (sequence, num_tokens) in enumerate(requests):
             match = self._ngram.find(sequence)
@@ -38,7 +38,7 @@ class CombinedDrafter(Drafter):
                 wanted = min(num_tokens, self._num_model_tokens)
                 left.append((index, DraftRequest(sequence, wanted)))
         if left:
-            guesses = self._model.propose([request for _, request in left])
+            guesses = self._model.propose([request for _, request in left], goes_on)
             for (index, _), guess in zip(left, guesses, strict=True):
                 drafts[index] = guess
         return drafts

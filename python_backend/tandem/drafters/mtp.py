@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.attention import ATTENTION, PackedBatch, Span
-from tandem.drafters import Drafter, DraftRequest
+from tandem.drafters import Drafter, DraftRequest, GoesOn, always
 from tandem.drafters.assistant import Assistant, SharedKV, check_fingerprint
 from tandem.errors import DrafterMismatchError
 from tandem.kv_cache import KVCache
-from tandem.sampling import Draw, sample
-from tandem.sequence import Sequence
+from tandem.sampling import Draw, Guess, guess
+from tandem.sequence import Draft, Sequence
 
 
 def source_layers(verifier: PreTrainedModel, cache: KVCache) -> dict[str, int]:
@@ -49,8 +49,8 @@ class MTPDrafter(Drafter):
         positions: Tensor,
         draws: Items[Draw],
         packed: PackedBatch,
-    ) -> tuple[Tensor, Tensor]:
-        """One guess for each sequence, `[num_sequences]`, and the state that the next goes on from.
+    ) -> tuple[Guess, Tensor]:
+        """One guess for each sequence, and the state that the next goes on from.
 
         Guesses are drawn under the noise that the verifier will use at these positions.
         """
@@ -63,8 +63,8 @@ class MTPDrafter(Drafter):
         """Drops the sequence's state."""
         self._hidden.pop(sequence.id, None)
 
-    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
-        """Guesses exactly `num_tokens` tokens for each sequence."""
+    def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
+        """Guesses `num_tokens` tokens for each sequence, fewer if going on doesn't pay."""
         device = self._assistant.device
         sequences = [request.sequence for request in requests]
         tokens = torch.tensor([s.token_ids[-1] for s in sequences], device=device)
@@ -77,13 +77,16 @@ class MTPDrafter(Drafter):
             device,
             causal=False,
         )
-        drafts = []
+        drafts = [Draft([], []) for _ in requests]
         for step in range(max(request.num_tokens for request in requests)):
+            if step > 0 and not goes_on(sequences, [draft.confidences for draft in drafts]):
+                break
             draws = [Draw(s.params, s.seed, s.num_tokens + step) for s in sequences]
-            tokens, hidden = self._advance(tokens, hidden, positions, draws, packed)
-            drafts.append(tokens)
-        proposed = torch.stack(drafts, dim=1).tolist()
-        return [ids[: request.num_tokens] for ids, request in zip(proposed, requests, strict=True)]
+            (tokens, sure), hidden = self._advance(tokens, hidden, positions, draws, packed)
+            for draft, *each in zip(drafts, tokens.tolist(), sure.tolist(), strict=True):
+                draft.token_ids.append(each[0])
+                draft.confidences.append(each[1])
+        return [draft.first(r.num_tokens) for draft, r in zip(drafts, requests, strict=True)]
 
 
 class Gemma4Drafter(MTPDrafter):
@@ -107,7 +110,7 @@ class Gemma4Drafter(MTPDrafter):
         positions: Tensor,
         draws: Items[Draw],
         packed: PackedBatch,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Guess, Tensor]:
         inputs = torch.cat([self._embed(tokens), hidden], dim=-1).unsqueeze(0)
         output = self._assistant.model(
             inputs_embeds=self._assistant.pre_projection(inputs),
@@ -120,19 +123,19 @@ class Gemma4Drafter(MTPDrafter):
             packed=packed,
         )
         state: Tensor = output.last_hidden_state[0]
-        return self._sample(state, draws), self._assistant.post_projection(state)
+        return self._guess(state, draws), self._assistant.post_projection(state)
 
-    def _sample(self, state: Tensor, draws: Items[Draw]) -> Tensor:
+    def _guess(self, state: Tensor, draws: Items[Draw]) -> Guess:
         head = self._assistant.masked_embedding
         if head is None:
-            return sample(self._assistant.lm_head(state), draws)
+            return guess(self._assistant.lm_head(state), draws)
         # Only the tokens of the best centroids are scored.
         best = head.centroids(state).topk(head.centroid_intermediate_top_k, dim=-1).indices
         clusters = head.token_ordering.view(head.num_centroids, head.vocab_size_per_centroid)
         token_ids = clusters[best].flatten(1).long()  # [num_sequences, num_candidates]
         weight = self._assistant.lm_head.weight[token_ids]
         logits = (weight @ state.unsqueeze(-1)).squeeze(-1)
-        return sample(logits, draws, token_ids)
+        return guess(logits, draws, token_ids)
 
 
 class TrainedDrafter(MTPDrafter):
@@ -153,12 +156,12 @@ class TrainedDrafter(MTPDrafter):
         positions: Tensor,
         draws: Items[Draw],
         packed: PackedBatch,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Guess, Tensor]:
         state = self._assistant(
             tokens.unsqueeze(0), hidden.unsqueeze(0), positions, self._shared, packed=packed
         )[0]
         token_ids = self._assistant.draft_token_ids.expand(len(draws), -1)
-        return sample(self._assistant.head(state), draws, token_ids), state
+        return guess(self._assistant.head(state), draws, token_ids), state
 
 
 def check_gemma4_fit(assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache) -> None:

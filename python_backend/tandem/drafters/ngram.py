@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
-from tandem.drafters import Drafter, DraftRequest
-from tandem.sequence import Sequence
+from tandem.drafters import Drafter, DraftRequest, GoesOn, always
+from tandem.sequence import Draft, Sequence
 
 # How many of a suffix's earlier places are compared, the most recent ones.
 _MAX_PLACES = 32
@@ -69,12 +69,12 @@ class NgramDrafter(Drafter):
         self._num_shared_tokens = num_shared_tokens
         self._shared: deque[tuple[list[int], _Index]] = deque()
 
-    def propose(self, requests: Items[DraftRequest]) -> list[list[int]]:
+    def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
         """Guesses nothing for a sequence whose suffix is new."""
         drafts = []
         for sequence, num_tokens in requests:
             match = self.find(sequence)
-            drafts.append([] if match is None else copy(match, num_tokens))
+            drafts.append(Draft([]) if match is None else copy(match, num_tokens))
         return drafts
 
     def find(self, sequence: Sequence) -> Match | None:
@@ -118,9 +118,10 @@ class NgramDrafter(Drafter):
             self._shared.popleft()
 
 
-def copy(match: Match, num_tokens: int) -> list[int]:
+def copy(match: Match, num_tokens: int) -> Draft:
     """What followed at the match; reading on into the copy itself continues a loop."""
     text = match.text[match.position : match.position + num_tokens]
     for offset in range(num_tokens - len(text)):
         text.append(text[offset])
-    return text
+    # No probability, but the longer the match, the likelier it goes on.
+    return Draft(text, [match.size / (match.size + 2)] * num_tokens, "ngram")
