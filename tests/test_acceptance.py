@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.acceptance import match
+from tandem.acceptance import match, toss
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,13 @@ def test_match_returns_what_plain_decoding_would_say(data: st.DataObject) -> Non
 def test_match_needs_one_token_of_the_verifier_more() -> None:
     with pytest.raises(AssertionError):
         match([1, 2], [1, 2])
+
+
+def test_by_coin_each_position_is_kept_as_often_as_asked() -> None:
+    coin = Random(0)
+    verdicts = [toss([1, 2, 3, 4], [9, 9, 9, 9, 9], [0.8, 0.4, 0.4], coin) for _ in range(4000)]
+    for position, rate in enumerate([0.8, 0.4, 0.4, 0.0]):
+        share = sum(v.num_accepted > position for v in verdicts) / len(verdicts)
+        assert share == pytest.approx(rate, abs=0.03)
+    for verdict in verdicts:
+        assert verdict.token_ids == [1, 2, 3, 4][: verdict.num_accepted] + [9]

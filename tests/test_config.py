@@ -220,3 +220,14 @@ def test_a_tiny_temperature_is_greedy() -> None:
     assert SamplingParams(temperature=0).is_greedy
     assert SamplingParams(temperature=1e-6).is_greedy
     assert not SamplingParams(temperature=1e-4).is_greedy
+
+
+@pytest.mark.parametrize("rates", [[0.5, 0.6], [1.2], [-0.1], ["0.5"], 0.5])
+def test_bad_synthetic_rates_are_refused(rates: Any) -> None:
+    with pytest.raises(ConfigError, match="synthetic_acceptance_rates must be shares"):
+        EngineConfig(verifier="model", synthetic_acceptance_rates=rates)
+
+
+def test_an_unknown_lookahead_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown lookahead 'always'; known: adaptive, fixed"):
+        EngineConfig(verifier="model", lookahead="always")

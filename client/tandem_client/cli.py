@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -42,6 +43,9 @@ _TINT, _PLAIN = "\033[32m", "\033[0m"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments[1:])
     parsed = _parser().parse_args(arguments)
     try:
         status: int = parsed.run(parsed)
@@ -56,6 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TandemClientError as error:
         print(f"error: {error}", file=sys.stderr)
         return UNREACHABLE if isinstance(error, ServerUnavailableError) else FAILED
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    """Runs the engine's own command, where the engine is installed; the client needs none of it."""
+    try:
+        doctor = importlib.import_module("tandem_doctor.cli")
+    except ImportError as error:
+        print(f"error: `tandem doctor` needs the engine and its packages: {error}", file=sys.stderr)
+        return FAILED
+    status: int = doctor.main(arguments)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
         "--interval", type=_seconds, default=2.0, metavar="S", help="seconds between looks (2)"
     )
     command.add_argument("--json", action="store_true", help="print one look as JSON and end")
+
+    # For --help alone: `main` hands it on, with its own options.
+    commands.add_parser("doctor", help="check offline whether a drafter pays, and why not")
     return parser
 
 

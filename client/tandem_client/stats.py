@@ -10,6 +10,7 @@ from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -69,6 +70,9 @@ class Figures:
     num_preemptions: int
     time_to_first_token: float | None
     drafters: dict[str, DrafterFigures] = field(default_factory=dict)
+    # Why speculation gains little, in sentences.
+    low_gain: list[str] = field(default_factory=list)
+    is_synthetic: bool = False
 
 
 def read_sample(url: str, model: str) -> Sample:
@@ -135,7 +139,18 @@ def compare(before: Sample, after: Sample) -> Figures:
         if first_tokens
         else None,
         drafters=drafters,
+        low_gain=_low_gain(after),
+        is_synthetic=after.total("synthetic_acceptance") > 0,
     )
+
+
+def _low_gain(sample: Sample) -> list[str]:
+    sentences = []
+    for (name, labels), figure in sample.series.items():
+        if name == "spec_decode_low_gain" and figure >= 0:
+            told = dict(labels)
+            sentences.append(f"{told['drafter']}: {told['reason']}: {figure:.2f} {told['advice']}")
+    return sentences
 
 
 def render(figures: Figures) -> RenderableType:
@@ -167,4 +182,7 @@ def render(figures: Figures) -> RenderableType:
             bar = ProgressBar(total=1, completed=share, width=24)
             drafters.add_row(*head, f"{position + 1}: {share:.0%}", bar)
             head = [""] * 4
-    return Group(load, "", drafters)
+    notes = [f"[yellow]{escape(sentence)}[/]" for sentence in figures.low_gain]
+    if figures.is_synthetic:
+        notes.append("[red]Drafts are accepted by coin, for a benchmark: no real figures.[/]")
+    return Group(load, "", drafters, *notes)

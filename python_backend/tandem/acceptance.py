@@ -9,6 +9,7 @@ keyed by position (`sampling.py`) even the tokens are those of plain decoding.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from random import Random
 from typing import NamedTuple
 
 from tandem.logits import TokenLogprobs
@@ -32,3 +33,20 @@ def match(draft_ids: Items[int], verifier_ids: Items[int]) -> Verdict:
     while num_accepted < len(draft_ids) and draft_ids[num_accepted] == verifier_ids[num_accepted]:
         num_accepted += 1
     return Verdict(list(verifier_ids[: num_accepted + 1]), num_accepted)
+
+
+def toss(
+    draft_ids: Items[int], verifier_ids: Items[int], rates: Items[float], coin: Random
+) -> Verdict:
+    """Keeps drafts by coin instead of by match: for benchmarks, the text is the drafter's.
+
+    Args:
+        rates: for each position, the share of rounds whose draft there is kept; 0 behind the last.
+    """
+    num_accepted, reached = 0, 1.0
+    for rate in rates[: len(draft_ids)]:
+        if coin.random() * reached >= rate:
+            break
+        num_accepted, reached = num_accepted + 1, rate
+    kept = list(draft_ids[:num_accepted])
+    return Verdict([*kept, verifier_ids[num_accepted]], num_accepted)

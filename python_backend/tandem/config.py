@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +107,8 @@ class EngineConfig:
         gpu_memory_utilization: share of the GPU's memory that this process may fill.
         lookahead: "adaptive" drafts as far as it pays by measured costs and acceptance, at most
             each drafter's `num_speculative_tokens`; "fixed" always as many.
+        synthetic_acceptance_rates: for benchmarks alone: drafts are accepted by coin, at these
+            shares of rounds by position, whatever the verifier says.
     """
 
     verifier: str
@@ -122,6 +124,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     lookahead: str = "adaptive"
+    synthetic_acceptance_rates: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         where = "engine"
@@ -133,6 +136,7 @@ class EngineConfig:
             raise ConfigError(
                 f"{where}: unknown lookahead {self.lookahead!r}; known: {', '.join(LOOKAHEADS)}"
             )
+        self._check_rates(where)
         _check_int(where, "max_num_seqs", self.max_num_seqs, 1)
         _check_int(where, "block_size", self.block_size, 1)
         _check_int(where, "max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)
@@ -162,6 +166,17 @@ class EngineConfig:
                 )
         if self.drafter_weights and not any(self.drafter_weights.values()):
             raise ConfigError(f"{where}: drafter_weights must not all be 0")
+
+    def _check_rates(self, where: str) -> None:
+        rates = self.synthetic_acceptance_rates
+        shares = isinstance(rates, (list, tuple)) and all(
+            isinstance(rate, (int, float)) and 0 <= rate <= 1 for rate in rates
+        )
+        if not shares or list(rates) != sorted(rates, reverse=True):
+            raise ConfigError(
+                f"{where}: synthetic_acceptance_rates must be shares from 0 to 1, none above the "
+                f"one before, got {rates!r}"
+            )
 
     @cached_property
     def max_lookaheads(self) -> dict[str, int]:

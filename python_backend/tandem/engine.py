@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from threading import Lock
 
 import torch
 
-from tandem.acceptance import Verdict, match
+from tandem.acceptance import Verdict, match, toss
 from tandem.admission import Admission
 from tandem.block_pool import BlockPool
 from tandem.calibration import Calibration, calibrate
 from tandem.config import NO_DRAFTER, EngineConfig
 from tandem.costs import CostModel
+from tandem.diagnosis import Finding, Monitor, diagnose
 from tandem.drafter_loading import load_drafters
 from tandem.drafters import Drafter, DraftRequest
 from tandem.errors import (
@@ -29,7 +31,7 @@ from tandem.errors import (
 from tandem.loading import load_verifier
 from tandem.logits import TokenLogprobs, adjust, token_logprobs
 from tandem.lookahead import AdaptiveLookahead, Lookahead
-from tandem.metrics import DrafterStats, EngineLoad, EngineStats
+from tandem.metrics import HIGH_TEMPERATURE, DrafterStats, EngineLoad, EngineStats
 from tandem.outputs import Delta, RequestOutput
 from tandem.params import SamplingParams
 from tandem.sampling import Draw, sample
@@ -67,7 +69,7 @@ class Engine:
             loaded.max_model_len,
         )
         self.stats = EngineStats()
-        self.drafter_stats: dict[str, DrafterStats] = defaultdict(DrafterStats)
+        self.drafter_stats: defaultdict[str, DrafterStats] = defaultdict(DrafterStats)
         self._admission = Admission(
             loaded.tokenizer,
             loaded.model.config.get_text_config().vocab_size,
@@ -77,6 +79,12 @@ class Engine:
         )
         self._lock = Lock()
         self.lookahead = self._make_lookahead()
+        if config.synthetic_acceptance_rates:
+            logger.warning(
+                "synthetic_acceptance_rates is set: drafts are accepted by coin, so the text is "
+                "not the verifier's; for benchmarks only"
+            )
+        self.monitor = Monitor(self.diagnose)
         logger.info(
             "loaded %s in %s on %s, drafters: %s; took %.1f s",
             config.verifier,
@@ -91,6 +99,14 @@ class Engine:
             return Lookahead()
         calibration = Calibration(self.verifier, self.drafters, self.scheduler, self.accept)
         return AdaptiveLookahead(CostModel(calibrate(self.config, calibration)))
+
+    def diagnose(self, drafter: str, stats: DrafterStats, batch_size: float = 1.0) -> list[Finding]:
+        """What keeps a drafter from paying; see `tandem.diagnosis.diagnose`."""
+        if drafter not in self.drafters:
+            return []
+        return diagnose(
+            stats, self.lookahead.costs, drafter, batch_size, self.config.max_lookaheads[drafter]
+        )
 
     # --- requests
 
@@ -167,7 +183,9 @@ class Engine:
             verdicts = self.accept(batch, output)
         with self.stats.time("commit"):
             self.lookahead.observe(batch, [v and v.num_accepted for v in verdicts], self.stats.last)
-            return ended + self.commit(batch, output, verdicts)
+            deltas = self.commit(batch, output, verdicts)
+        self.monitor.update(self.stats, self.drafter_stats)
+        return ended + deltas
 
     def schedule(self) -> list[ScheduledSequence]:
         """Chooses who runs, with how many tokens and how many drafts at most."""
@@ -239,13 +257,21 @@ class Engine:
                 verdicts.append(None)
                 continue
             token_ids, sound = zip(*islice(sampled, scheduled.num_rows), strict=True)
-            verdict = match(scheduled.draft_ids, token_ids) if all(sound) else Verdict([], 0)
+            verdict = self._match(scheduled, token_ids) if all(sound) else Verdict([], 0)
             num_top = scheduled.sequence.params.logprobs
             if num_top is not None:
                 logprobs = token_logprobs(raw[scheduled], verdict.token_ids, num_top)
                 verdict = verdict._replace(logprobs=logprobs)
             verdicts.append(verdict)
         return verdicts
+
+    def _match(self, scheduled: ScheduledSequence, token_ids: Items[int]) -> Verdict:
+        rates = self.config.synthetic_acceptance_rates
+        if rates and not scheduled.is_forced:
+            sequence = scheduled.sequence
+            coin = random.Random(hash((sequence.seed, sequence.num_tokens)))
+            return toss(scheduled.draft_ids, token_ids, rates, coin)
+        return match(scheduled.draft_ids, token_ids)
 
     def commit(
         self,
@@ -255,6 +281,7 @@ class Engine:
     ) -> list[Delta]:
         """Appends the new tokens, rolls rejected drafts back, and frees what has ended."""
         self.stats.num_steps += 1
+        self.stats.num_scheduled_sequences += len(batch)
         deltas, row = [], 0
         for scheduled, verdict in zip(batch, verdicts, strict=True):
             sequence = scheduled.sequence
@@ -284,12 +311,10 @@ class Engine:
         # The K/V of accepted drafts are valid; those of rejected ones lie behind the length.
         sequence.num_computed += num_accepted
         sequence.num_verify_steps += 1
-        stats = self.drafter_stats[sequence.drafter]
-        for counted in (sequence, stats):
-            counted.num_drafts += bool(scheduled.draft_ids)
-            counted.num_draft_tokens += len(scheduled.draft_ids)
-            counted.num_accepted_tokens += num_accepted
-        stats.num_accepted_by_position.update(range(num_accepted))
+        sequence.num_drafts += bool(scheduled.draft_ids)
+        sequence.num_draft_tokens += len(scheduled.draft_ids)
+        sequence.num_accepted_tokens += num_accepted
+        self._count(scheduled, verdict, num_accepted)
         self.stats.num_generation_tokens += len(appended)
         return Delta(
             sequence,
@@ -299,6 +324,27 @@ class Engine:
             verdict.logprobs[: len(appended)],
             sequence.finish_reason,
         )
+
+    def _count(self, scheduled: ScheduledSequence, verdict: Verdict, num_accepted: int) -> None:
+        sequence, num_drafted = scheduled.sequence, len(scheduled.draft_ids)
+        stats = self.drafter_stats[sequence.drafter]
+        drafter = self.drafters.get(sequence.drafter)
+        if drafter is None or num_drafted == 0:
+            return
+        stats.add_round(num_drafted, num_accepted)
+        if scheduled.is_forced:
+            return
+        parts = [stats.tried]
+        if drafter.trained_length is not None and sequence.num_tokens > drafter.trained_length:
+            parts.append(stats.tried_beyond_trained_length)
+        if sequence.params.temperature >= HIGH_TEMPERATURE:
+            parts.append(stats.tried_at_high_temperature)
+        for part in parts:
+            part.add(num_drafted, num_accepted)
+        rejected = num_accepted < min(num_drafted, len(verdict.token_ids))
+        if rejected and drafter.vocabulary is not None:
+            right = verdict.token_ids[num_accepted]
+            stats.num_outside_vocabulary += right not in drafter.vocabulary
 
     def _release(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

@@ -52,6 +52,8 @@ def draft_limit(sequence: Sequence, max_model_len: int) -> int:
 class Lookahead:
     """Drafts as many tokens as are allowed."""
 
+    costs: CostModel | None = None
+
     def plan(self, batch: Items[ScheduledSequence]) -> None:
         """Lowers `num_draft_tokens` to 0 where drafting isn't worth its time."""
 
@@ -100,6 +102,8 @@ class _Advantage:
 
 class AdaptiveLookahead(Lookahead):
     """Drafts what raises the tokens a second of the whole batch."""
+
+    costs: CostModel
 
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs

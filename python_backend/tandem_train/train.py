@@ -98,7 +98,9 @@ def train(
     source_layers = assistant.config.source_layers
     vocab_size = assistant.config.draft_vocab_size
     config = replace(config, source_layers=source_layers, draft_vocab_size=vocab_size)
-    store = FeatureStore(verifier, source_layers, max(len(text.token_ids) for text in texts))
+    length = max(len(text.token_ids) for text in texts)
+    assistant.config.trained_length = max(length, assistant.config.trained_length or 0)
+    store = FeatureStore(verifier, source_layers, length)
     mixed_precision = verifier.dtype == torch.bfloat16
     trainer = Trainer(assistant, store, texts, config, directory, mixed_precision=mixed_precision)
     if not trainer.resume() and config.start_from is None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton_python_backend_utils as pb_utils
 
 from tandem import Engine
+from tandem.diagnosis import ADVICE, Finding
 from tandem.metrics import DrafterStats
 
 logger = logging.getLogger("tandem")
@@ -34,6 +35,8 @@ _DESCRIPTIONS = {
     "spec_decode_draft_acceptance_rate": "Share of draft tokens accepted, over the last minute",
     "spec_decode_mean_acceptance_length": "Tokens of a round with drafts, over the last minute",
     "spec_decode_mean_lookahead": "Draft tokens of a round, over the last minute",
+    "spec_decode_low_gain": "Why speculation gains little, with the figure that shows it",
+    "synthetic_acceptance": "1 if drafts are accepted by coin, for a benchmark",
     "time_to_first_token_seconds": "From admission to the first token",
     "time_per_output_token_seconds": "Time for each token after the first",
     "request_queue_time_seconds": "From admission to the first step",
@@ -84,6 +87,8 @@ class MetricsExporter:
             self._show_engine()
             for name, stats in list(self._engine.drafter_stats.items()):
                 self._show_drafter(name, stats)
+            for name, findings in list(self._engine.monitor.findings.items()):
+                self._show_findings(name, findings)
         except pb_utils.TritonModelException as error:
             if not self._off:
                 logger.info("the server's metrics are off: %s", error)
@@ -112,6 +117,8 @@ class MetricsExporter:
         self._show("prompt_tokens_total", stats.num_prompt_tokens)
         self._show("generation_tokens_total", stats.num_generation_tokens)
         self._show("num_preemptions_total", load.num_preemptions)
+        if self._engine.config.synthetic_acceptance_rates:
+            self._show("synthetic_acceptance", 1)
         self._show("num_requests_running", load.num_running)
         self._show("num_requests_waiting", load.num_waiting)
         self._show("kv_cache_blocks", load.num_blocks)
@@ -140,6 +147,14 @@ class MetricsExporter:
             length = 1 + accepted / num_drafts
             self._show("spec_decode_mean_acceptance_length", length, drafter=name)
             self._show("spec_decode_mean_lookahead", drafted / num_drafts, drafter=name)
+
+    def _show_findings(self, name: str, findings: list[Finding]) -> None:
+        """A reason that no longer holds is shown as -1."""
+        figures = {finding.reason: finding.figure for finding in findings}
+        for reason, advice in ADVICE.items():
+            labels = {"drafter": name, "reason": reason.value, "advice": advice}
+            if reason in figures or ("spec_decode_low_gain", *labels.values()) in self._shown:
+                self._show("spec_decode_low_gain", figures.get(reason, -1), **labels)
 
     def _show(self, name: str, value: float, **labels: str) -> None:
         key = (name, *labels.values())

@@ -33,7 +33,15 @@ def always(sequences: Items[Sequence], confidences: Items[Items[float]]) -> bool
 
 
 class Drafter(ABC):
-    """Proposes draft tokens for the sequences of one step; keeps nothing unless it overrides so."""
+    """Proposes draft tokens for the sequences of one step; keeps nothing unless it overrides so.
+
+    Attributes:
+        vocabulary: the tokens that it can guess, if not all.
+        trained_length: tokens of the texts that it was trained on, if that is known.
+    """
+
+    vocabulary: frozenset[int] | None = None
+    trained_length: int | None = None
 
     @abstractmethod
     def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:

@@ -39,6 +39,7 @@ class AssistantConfig(PreTrainedConfig):
         source_layers: for each layer, the verifier's layer whose K/V it reads.
         draft_vocab_size: how many tokens it can guess.
         verifier: what identifies the verifier that it was trained for; see `fingerprint`.
+        trained_length: tokens of the longest texts that it was trained on.
     """
 
     model_type = MODEL_TYPE
@@ -51,6 +52,7 @@ class AssistantConfig(PreTrainedConfig):
     source_layers: list[int] | None = None
     draft_vocab_size: int = 1
     verifier: dict[str, Any] | None = None
+    trained_length: int | None = None
 
 
 class SharedKV:

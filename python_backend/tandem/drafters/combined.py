@@ -25,6 +25,7 @@ class CombinedDrafter(Drafter):
         self._model = model
         self._num_ngram_tokens = num_ngram_tokens
         self._num_model_tokens = num_model_tokens
+        self.trained_length = model.trained_length
 
     def propose(self, requests: Items[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
         """What followed a long match, or the model's guesses."""

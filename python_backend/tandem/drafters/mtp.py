@@ -147,6 +147,8 @@ class TrainedDrafter(MTPDrafter):
             if not cache.has_layer(index):
                 raise DrafterMismatchError(f"the verifier's layer {index} stores no K/V of its own")
         super().__init__(assistant, cache)
+        self.vocabulary = frozenset(assistant.draft_token_ids.tolist())
+        self.trained_length = assistant.config.trained_length
         self._shared = SharedKV([cache.layer(index) for index in assistant.config.source_layers])
 
     def _advance(
