@@ -57,4 +57,4 @@ def test_by_coin_each_position_is_kept_as_often_as_asked() -> None:
         share = sum(v.num_accepted > position for v in verdicts) / len(verdicts)
         assert share == pytest.approx(rate, abs=0.03)
     for verdict in verdicts:
-        assert verdict.token_ids == [1, 2, 3, 4][: verdict.num_accepted] + [9]
+        assert verdict.token_ids == [*[1, 2, 3, 4][: verdict.num_accepted], 9]
