@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
 
+from bench_peers import VENV as VLLM_VENV
+from bench_peers import iomp, tcmalloc
 from tandem import EngineConfig
 from tandem_bench.figures import Trace, agreement, summary
 from tandem_bench.noise import cpu_seconds, foreign_share
@@ -25,7 +26,6 @@ from tandem_bench.workload import ROOT, repeat_to_fill
 
 PART = "peers"
 _LOGS = ROOT / ".bench"
-_VLLM = ROOT / ".vllm"
 # Each peer's best number of tokens to guess, tried on these prompts.
 _HF_LOOKUP_TOKENS = 10
 _VLLM_NGRAM_TOKENS = 4
@@ -62,7 +62,7 @@ def tandem_systems(drafters: tuple[str, ...]) -> list[System]:
 def run(settings: Settings) -> None:
     """Measures what is not in `peers.json` yet."""
     systems = [*tandem_systems(settings.drafters), *HF]
-    if (_VLLM / ".stamp").exists():
+    if (VLLM_VENV / ".stamp").exists():
         systems += VLLM
     else:
         print("vLLM is not in .vllm, so it is not compared with: run `make bench-peers` for it")
@@ -168,7 +168,7 @@ def load(
     """Starts the workers that are needed; all are ready inside and ended afterwards."""
     most = str(max(settings.concurrencies))
     module = "tandem_bench.peers"
-    vllm = [str(_VLLM / "bin/python"), "-m", f"{module}.vllm", config.verifier]
+    vllm = [str(VLLM_VENV / "bin/python"), "-m", f"{module}.vllm", config.verifier]
     vllm += ["--max-num-seqs", most, "--max-model-len", str(_MAX_MODEL_LEN)]
     ngram = ["--num-ngram-tokens", str(_VLLM_NGRAM_TOKENS)]
     commands = {
@@ -198,22 +198,12 @@ def load(
 
 def vllm_environment() -> dict[str, str]:
     """The best settings for vLLM on a CPU: all cores for products, Intel's OpenMP, tcmalloc."""
-    preloaded = [
-        next(_VLLM.glob("lib/libiomp5.so"), None),
-        *(Path(f) for f in _tcmalloc()),
-    ]
     return {
         "PYTHONPATH": str(ROOT / "python_backend"),
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(psutil.cpu_count() or 1) - 1}",
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        "LD_PRELOAD": ":".join(str(path) for path in preloaded if path),
+        "LD_PRELOAD": ":".join(str(path) for path in (iomp(), tcmalloc()) if path),
     }
-
-
-def _tcmalloc() -> list[str]:
-    folders = [_VLLM / "tcmalloc/usr/lib", Path("/usr/lib"), Path("/usr/lib64")]
-    found = (str(p) for folder in folders for p in folder.glob("**/libtcmalloc_minimal.so.4"))
-    return list(found)[:1]
 
 
 def warm_up(

@@ -111,6 +111,8 @@ def profile_steps(
         (operators by phase and kind), `python_ms` (no operator was running), `top_operators`; and
         `share_outside_products`.
     """
+    # Its library reports each start and stop otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     params = SamplingParams(max_tokens=engine.max_model_len, temperature=0.0, ignore_eos=True)
     sequences = [engine.make_sequence(prompt, params, drafter=drafter) for prompt in prompts]
     for sequence in sequences:
