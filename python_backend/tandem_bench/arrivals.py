@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence as Items
+from functools import partial
 from itertools import accumulate
 
 from tandem import Engine
 from tandem_bench.drive import open_loop
+from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar
 from tandem_bench.speed import figures, warm_up
 
@@ -32,7 +35,7 @@ def run(settings: Settings, rates: Items[float]) -> None:
     ]
     if not todo:
         return
-    with bar(PART, len(todo) * settings.num_prompts, results) as shown:
+    with bar(PART, len(todo), results) as shown:
         shown.say("loading")
         engine = Engine(settings.engine_config())
         prompts = settings.prompts()
@@ -40,9 +43,14 @@ def run(settings: Settings, rates: Items[float]) -> None:
         for rate, drafter in todo:
             shown.say(f"{drafter}, {rate:g} requests/s")
             arrivals = poisson(rate, len(prompts))
-            done = open_loop(engine, prompts, settings.params, drafter, arrivals, shown.advance)
+            done, share = undisturbed(
+                [os.getpid()],
+                partial(open_loop, engine, prompts, settings.params, drafter, arrivals),
+            )
             engine.check_integrity()
-            results.put(key(drafter, rate), {"rate": rate, **figures(done)})
+            cell = {"rate": rate, **figures(done), "foreign_cpu_share": share}
+            results.put(key(drafter, rate), cell)
+            shown.advance()
 
 
 def key(drafter: str, rate: float) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
@@ -19,7 +20,7 @@ from bench_peers import VENV as VLLM_VENV
 from bench_peers import iomp, tcmalloc
 from tandem import EngineConfig
 from tandem_bench.figures import Trace, agreement, summary
-from tandem_bench.noise import cpu_seconds, foreign_share
+from tandem_bench.noise import cpu_seconds, undisturbed
 from tandem_bench.settings import Bar, Settings, bar, turned
 from tandem_bench.worker import Worker, WorkerError
 from tandem_bench.workload import ROOT, repeat_to_fill
@@ -86,7 +87,7 @@ def run(settings: Settings) -> None:
     prompts = settings.prompts()
     with (
         bar(PART, len(todo), results) as shown,
-        load({system.worker for system, _, _ in todo}, config, settings, shown) as workers,
+        start({system.worker for system, _, _ in todo}, config, settings, shown) as workers,
     ):
         for name, worker in workers.items():
             results.put(f"about {name}", worker.about)
@@ -97,14 +98,18 @@ def run(settings: Settings) -> None:
             results.put("reference", [trace.token_ids for trace in done.traces])
         for system, concurrency, number in todo:
             shown.say(f"{system.name}, concurrency {concurrency}, round {number + 1}")
-            done = ask(workers, system, repeat_to_fill(prompts, concurrency), concurrency, settings)
+            load = repeat_to_fill(prompts, concurrency)
+            done, foreign = undisturbed(
+                [os.getpid()],
+                partial(ask, workers, system, load, concurrency, settings),
+            )
             answers = [trace.token_ids for trace in done.traces[: len(prompts)]]
             results.put(
                 key(system.name, concurrency, number),
                 {
                     **summary(done.traces, done.seconds),
                     "others_cpu_share": round(done.others_cpu_share, 4),
-                    "foreign_cpu_share": done.foreign_cpu_share,
+                    "foreign_cpu_share": foreign,
                     "against_reference": agreement(answers, results.cells["reference"]),
                 },
             )
@@ -123,7 +128,6 @@ class Answer:
     traces: list[Trace]
     seconds: float
     others_cpu_share: float  # of one core, by the peers that wait
-    foreign_cpu_share: float  # of all cores, by other processes
 
 
 class Peer(Worker):
@@ -142,7 +146,6 @@ def ask(
     """Runs one system on the prompts while the others wait."""
     others = [worker for name, worker in workers.items() if name != system.worker]
     before = sum(cpu_seconds(worker.pid) for worker in others)
-    foreign = foreign_share([os.getpid()])
     answer = workers[system.worker].ask(
         prompts=prompts,
         max_tokens=settings.max_tokens,
@@ -150,7 +153,6 @@ def ask(
         **system.options,
     )
     burnt = sum(cpu_seconds(worker.pid) for worker in others) - before
-    share = foreign()
     traces = [Trace(**trace) for trace in answer["traces"]]
     wrong = [t.num_tokens for t in traces if t.num_tokens != settings.max_tokens]
     if wrong or len(traces) != len(prompts):
@@ -158,11 +160,11 @@ def ask(
             f"{system.name}: {len(prompts)} prompts of {settings.max_tokens} tokens were asked "
             f"for; {len(traces)} came, of which these differ in length: {wrong}"
         )
-    return Answer(traces, answer["seconds"], burnt / answer["seconds"], share)
+    return Answer(traces, answer["seconds"], burnt / answer["seconds"])
 
 
 @contextmanager
-def load(
+def start(
     names: set[str], config: EngineConfig, settings: Settings, shown: Bar
 ) -> Iterator[dict[str, Peer]]:
     """Starts the workers that are needed; all are ready inside and ended afterwards."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable
+from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -23,7 +22,7 @@ class Run:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     # Seconds in each phase of the loop.
-    phases: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 def closed_loop(
@@ -32,14 +31,9 @@ def closed_loop(
     params: SamplingParams,
     drafter: str,
     concurrency: int,
-    on_end: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Keeps `concurrency` requests in flight until all prompts are answered.
-
-    Args:
-        on_end: called with the end of each request.
-    """
-    return _run(engine, prompts, params, drafter, [0.0] * len(prompts), concurrency, on_end)
+    """Keeps `concurrency` requests in flight until all prompts are answered."""
+    return _run(engine, prompts, params, drafter, [0.0] * len(prompts), concurrency)
 
 
 def open_loop(
@@ -48,13 +42,12 @@ def open_loop(
     params: SamplingParams,
     drafter: str,
     arrivals: Items[float],
-    on_end: Callable[[], None] = lambda: None,
 ) -> Run:
     """Sends each prompt at its time of arrival (seconds from the start), whatever still runs.
 
     A request counts as sent when it arrived, even if a step that was running held it up.
     """
-    return _run(engine, prompts, params, drafter, arrivals, len(prompts), on_end)
+    return _run(engine, prompts, params, drafter, arrivals, len(prompts))
 
 
 def _run(
@@ -64,7 +57,6 @@ def _run(
     drafter: str,
     arrivals: Items[float],
     concurrency: int,
-    on_end: Callable[[], None],
 ) -> Run:
     waiting = deque(zip(prompts, arrivals, strict=True))
     live: dict[Sequence, Trace] = {}
@@ -91,10 +83,9 @@ def _run(
             if delta.finish_reason is not None:
                 _count(delta.sequence, run)
                 del live[delta.sequence]
-                on_end()
         while engine.stats.phases:
             phase, seconds = engine.stats.phases.popleft()
-            run.phases[phase] += seconds
+            run.phases[phase] = run.phases.get(phase, 0.0) + seconds
     run.seconds = time.perf_counter() - start
     run.num_steps = engine.stats.num_steps - first_step
     return run

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
+from functools import partial
 from typing import Any
 
 import psutil
 
 from tandem import Engine
 from tandem_bench.figures import median
+from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar
 from tandem_bench.workload import prompt_of_length, repeat_to_fill
 
@@ -48,7 +51,10 @@ def run(settings: Settings, contexts: tuple[int, ...]) -> None:
                 if kind == "context"
                 else repeat_to_fill(prompts, size)[:size]
             )
-            results.put(key(kind, size, drafter), measure(engine, load, drafter, settings))
+            cell, share = undisturbed(
+                [os.getpid()], partial(measure, engine, load, drafter, settings)
+            )
+            results.put(key(kind, size, drafter), {**cell, "foreign_cpu_share": share})
             shown.advance()
 
 

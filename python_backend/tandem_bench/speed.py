@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from tandem import Engine
 from tandem_bench import ceilings
 from tandem_bench.drive import Run, closed_loop
 from tandem_bench.figures import agreement, summary
-from tandem_bench.noise import foreign_share
+from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar, turned
 from tandem_bench.workload import repeat_to_fill
 
@@ -29,7 +30,7 @@ def run(settings: Settings) -> None:
     ]
     if not todo:
         return
-    with bar(PART, len(todo) * settings.num_prompts, results) as shown:
+    with bar(PART, len(todo), results) as shown:
         shown.say("loading")
         engine = Engine(settings.engine_config())
         prompts = settings.prompts()
@@ -39,17 +40,11 @@ def run(settings: Settings) -> None:
         for drafter, concurrency, number in todo:
             shown.say(f"{drafter}, concurrency {concurrency}, round {number + 1}")
             load = repeat_to_fill(prompts, concurrency)
-            step = settings.num_prompts / len(load)
-            foreign = foreign_share([os.getpid()])
-            done = closed_loop(
-                engine,
-                load,
-                settings.params,
-                drafter,
-                concurrency,
-                lambda step=step: shown.advance(step),  # type: ignore[misc]
+            done, share = undisturbed(
+                [os.getpid()],
+                partial(closed_loop, engine, load, settings.params, drafter, concurrency),
             )
-            share = foreign()
+            shown.advance()
             engine.check_integrity()
             answers = [trace.token_ids for trace in done.traces[: len(plain)]]
             results.put(

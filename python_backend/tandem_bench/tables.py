@@ -9,11 +9,10 @@ from collections.abc import Sequence as Items
 from typing import Any
 
 from tandem_bench.figures import median, ratio, spread
+from tandem_bench.noise import NOISY
 
 Cells = dict[str, Any]
 Rounds = dict[tuple[str, int], list[Cells]]  # by name and concurrency
-# Other processes' share of the CPU above which a figure is marked.
-NOISY = 0.05
 
 
 def table(header: Items[str], rows: Iterable[Items[object]]) -> str:

@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tandem_bench.figures import Trace, summary
-from tandem_bench.noise import foreign_share
+from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar, turned
 from tandem_bench.worker import Worker, WorkerError
 from tandem_bench.workload import ROOT, repeat_to_fill
@@ -55,15 +56,17 @@ def run(settings: Settings) -> None:
 
             def measure(way: str, drafter: str, concurrency: int) -> dict[str, Any]:
                 load = repeat_to_fill(prompts, concurrency)
-                foreign = foreign_share([os.getpid(), server.pid])
-                traces = (
-                    _alone(engine, load, drafter, concurrency, settings)
+                work = (
+                    partial(_alone, engine, load, drafter, concurrency, settings)
                     if way == _ENGINE
-                    else perf_analyzer(server, load, drafter, concurrency, settings, Path(scratch))
+                    else partial(
+                        perf_analyzer, server, load, drafter, concurrency, settings, Path(scratch)
+                    )
                 )
+                traces, share = undisturbed([os.getpid(), server.pid], work)
                 first = min(trace.sent for trace in traces)
                 seconds = max(trace.times[-1] for trace in traces) - first
-                return {**summary(traces, seconds), "foreign_cpu_share": foreign()}
+                return {**summary(traces, seconds), "foreign_cpu_share": share}
 
             for way in (_ENGINE, _TRITON):
                 for drafter in settings.drafters:
