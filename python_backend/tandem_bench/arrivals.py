@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence as Items
 from functools import partial
@@ -44,7 +43,6 @@ def run(settings: Settings, rates: Items[float]) -> None:
             shown.say(f"{drafter}, {rate:g} requests/s")
             arrivals = poisson(rate, len(prompts))
             done, share = undisturbed(
-                [os.getpid()],
                 partial(open_loop, engine, prompts, settings.params, drafter, arrivals),
             )
             engine.check_integrity()

@@ -6,7 +6,6 @@ faster than its products. Both are measured with the operators that a model itse
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ def run(settings: Settings) -> None:
 
 def measure() -> dict[str, Any]:
     """Medians of several repeats: GB/s of reading, GFLOP/s and milliseconds of products."""
-    foreign = foreign_share([os.getpid()])
+    foreign = foreign_share()
     weight = torch.randn(_WEIGHT, dtype=torch.bfloat16)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
     num_bytes = weight.numel() * weight.element_size()

@@ -6,7 +6,6 @@ processes stay loaded from beginning to end; what those that wait burn of the CP
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -100,7 +99,6 @@ def run(settings: Settings) -> None:
             shown.say(f"{system.name}, concurrency {concurrency}, round {number + 1}")
             load = repeat_to_fill(prompts, concurrency)
             done, foreign = undisturbed(
-                [os.getpid()],
                 partial(ask, workers, system, load, concurrency, settings),
             )
             answers = [trace.token_ids for trace in done.traces[: len(prompts)]]
@@ -130,14 +128,8 @@ class Answer:
     others_cpu_share: float  # of one core, by the peers that wait
 
 
-class Peer(Worker):
-    """A worker that knows what it said of itself."""
-
-    about: dict[str, Any]
-
-
 def ask(
-    workers: dict[str, Peer],
+    workers: dict[str, Worker],
     system: System,
     prompts: list[list[int]],
     concurrency: int,
@@ -166,7 +158,7 @@ def ask(
 @contextmanager
 def start(
     names: set[str], config: EngineConfig, settings: Settings, shown: Bar
-) -> Iterator[dict[str, Peer]]:
+) -> Iterator[dict[str, Worker]]:
     """Starts the workers that are needed; all are ready inside and ended afterwards."""
     most = str(max(settings.concurrencies))
     module = "tandem_bench.peers"
@@ -186,15 +178,13 @@ def start(
         "vllm-ngram": [*vllm, *ngram],
     }
     with ExitStack() as stack:
-        workers: dict[str, Peer] = {}
+        workers: dict[str, Worker] = {}
         for name in sorted(names):
             shown.say(f"loading {name}" + " (minutes)" * name.startswith("vllm"))
             environment = vllm_environment() if name.startswith("vllm") else {}
-            worker = Peer(name, commands[name], environment, _LOGS / f"{name}.log")
-            stack.enter_context(worker)
-            workers[name] = worker
+            worker = Worker(name, commands[name], environment, _LOGS / f"{name}.log")
             # One after the other: each takes the memory that it finds.
-            worker.about = worker.wait_ready()
+            workers[name] = stack.enter_context(worker)
         yield workers
 
 
@@ -209,7 +199,7 @@ def vllm_environment() -> dict[str, str]:
 
 
 def warm_up(
-    workers: dict[str, Peer],
+    workers: dict[str, Worker],
     systems: list[System],
     prompts: list[list[int]],
     settings: Settings,

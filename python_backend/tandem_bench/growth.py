@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from typing import Any
@@ -51,9 +50,7 @@ def run(settings: Settings, contexts: tuple[int, ...]) -> None:
                 if kind == "context"
                 else repeat_to_fill(prompts, size)[:size]
             )
-            cell, share = undisturbed(
-                [os.getpid()], partial(measure, engine, load, drafter, settings)
-            )
+            cell, share = undisturbed(partial(measure, engine, load, drafter, settings))
             results.put(key(kind, size, drafter), {**cell, "foreign_cpu_share": share})
             shown.advance()
 

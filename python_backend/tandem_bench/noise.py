@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 import psutil
@@ -16,48 +17,41 @@ _TRIES = 3
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and of all that it started and that still run."""
+    """CPU time of a process and of all that it started, whether they still run or not."""
     process = psutil.Process(pid)
     times = [p.cpu_times() for p in [process, *process.children(recursive=True)]]
-    return float(sum(t.user + t.system for t in times))
+    return float(sum(t.user + t.system + t.children_user + t.children_system for t in times))
 
 
-def undisturbed(pids: Iterable[int], work: Callable[[], T]) -> tuple[T, float]:
+def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
     """Measures, and anew while others used the CPU; keeps the least disturbed of three tries.
-
-    Args:
-        pids: the processes that are part of what is measured.
-        work: measures.
 
     Returns:
         What `work` returned, and the share of all cores that others used meanwhile.
     """
-    watched, tries = list(pids), []
+    tries = []
     for _ in range(_TRIES):
-        share = foreign_share(watched)
+        share = foreign_share()
         tries.append((work(), share()))
         if tries[-1][1] <= NOISY:
             break
     return min(tries, key=lambda result: result[1])
 
 
-def foreign_share(pids: Iterable[int]) -> Callable[[], float]:
+def foreign_share() -> Callable[[], float]:
     """Starts to watch; the function that comes back says what others used since.
 
-    Args:
-        pids: the processes that are part of what is measured.
-
     Returns:
-        The share, 0 to 1, of all cores that other processes used or that the host took away.
+        The share, 0 to 1, of all cores that were used by processes other than this one and those
+        that it started, or that the host took away.
     """
-    watched = list(pids)
 
     def busy() -> float:
         times = psutil.cpu_times()
         return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
     def own() -> float:
-        return sum(map(cpu_seconds, watched))
+        return cpu_seconds(os.getpid())
 
     before, start = busy() - own(), time.monotonic()
 

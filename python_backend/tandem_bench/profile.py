@@ -131,7 +131,7 @@ def profile_steps(
     try:
         steps(_WARM_UP_STEPS)
         marked.phases.clear()
-        foreign = foreign_share([os.getpid()])
+        foreign = foreign_share()
         seconds = steps(num_steps // 2)
         phases = list(marked.phases)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
 
@@ -41,7 +40,6 @@ def run(settings: Settings) -> None:
             shown.say(f"{drafter}, concurrency {concurrency}, round {number + 1}")
             load = repeat_to_fill(prompts, concurrency)
             done, share = undisturbed(
-                [os.getpid()],
                 partial(closed_loop, engine, load, settings.params, drafter, concurrency),
             )
             shown.advance()

@@ -7,7 +7,6 @@ requests in flight; the first ones of a run warm the connection up and are left 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -52,7 +51,6 @@ def run(settings: Settings) -> None:
             Worker("tandem", command, {}, _LOGS / "engine.log") as engine,
             TritonServer(repository, log_file=_LOGS / "triton.log") as server,
         ):
-            engine.wait_ready()
 
             def measure(way: str, drafter: str, concurrency: int) -> dict[str, Any]:
                 load = repeat_to_fill(prompts, concurrency)
@@ -63,7 +61,7 @@ def run(settings: Settings) -> None:
                         perf_analyzer, server, load, drafter, concurrency, settings, Path(scratch)
                     )
                 )
-                traces, share = undisturbed([os.getpid(), server.pid], work)
+                traces, share = undisturbed(work)
                 first = min(trace.sent for trace in traces)
                 seconds = max(trace.times[-1] for trace in traces) - first
                 return {**summary(traces, seconds), "foreign_cpu_share": share}

@@ -24,7 +24,11 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """The asking end. The process starts at once; the first answer says that it is ready."""
+    """The asking end; as a context manager the process is ready on entry and ended on exit.
+
+    Attributes:
+        about: what the process says of the model that it loaded.
+    """
 
     def __init__(
         self, name: str, command: list[str], environment: Mapping[str, str], log_file: Path
@@ -36,6 +40,7 @@ class Worker:
             log_file: where all that the process prints goes.
         """
         self.name = name
+        self.about: dict[str, Any] = {}
         self._log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("wb") as log:
@@ -55,13 +60,13 @@ class Worker:
         """The process id."""
         return self._process.pid
 
-    def wait_ready(self) -> dict[str, Any]:
-        """What the worker says of itself once its model is loaded.
+    def wait_ready(self) -> None:
+        """Waits until the model is loaded; sets `about`.
 
         Raises:
             WorkerError: it could not be loaded.
         """
-        return self._read()
+        self.about = self._read()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Sends a request and waits for its answer.
@@ -103,6 +108,11 @@ class Worker:
             self._process.wait()
 
     def __enter__(self) -> Worker:
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
