@@ -64,7 +64,7 @@ def measure() -> dict[str, Any]:
     return {
         "read_gb_per_second": round(num_bytes / read / 1e9, 2),
         "bf16_gflop_per_second": round(rate / 1e9, 1),
-        "head_ms_by_rows": {str(rows): round(1e3 * value, 2) for rows, value in head.items()},
+        **{f"head_ms_{rows}_rows": round(1e3 * value, 2) for rows, value in head.items()},
         "head_read_gb_per_second": round(num_bytes / head[1] / 1e9, 2),
         "threads": torch.get_num_threads(),
         "foreign_cpu_share": foreign(),

@@ -16,11 +16,11 @@ from tandem_bench.tables import Cells, by_round, names, speeds
 Series = dict[str, list[tuple[float, float]]]
 
 
-def draw(path: Path, panels: dict[str, Series], x: str, *, log: bool = True) -> None:
-    """Lines in panels side by side; the keys of `panels` are what their y axes show."""
+def draw(path: Path, panels: dict[tuple[str, str], Series], *, log: bool = True) -> None:
+    """Lines in panels side by side; the keys of `panels` say what x and y are."""
     figure = matplotlib.figure.Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (y, series) in zip(axes, panels.items(), strict=True):
+    for axis, ((x, y), series) in zip(axes, panels.items(), strict=True):
         for name, points in series.items():
             style = "-" if name.startswith("Tandem") or "Tandem" not in str(list(series)) else "--"
             axis.plot(*zip(*sorted(points), strict=True), style, marker="o", label=name)
@@ -29,7 +29,8 @@ def draw(path: Path, panels: dict[str, Series], x: str, *, log: bool = True) -> 
             axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
-        axis.set_ylim(bottom=0)
+        highest = max(point[1] for points in series.values() for point in points)
+        axis.set_ylim(0, 1.08 * highest)
         axis.set_xlabel(x)
         axis.set_title(y)
         axis.grid(alpha=0.3)
@@ -45,38 +46,35 @@ def peers(cells: Cells, path: Path) -> None:
         for (found, concurrency), several in rounds.items():
             if found == name:
                 series[name].append((concurrency, median(speeds(several))))
-    draw(path, {"tokens/s": series}, "concurrency")
+    draw(path, {("concurrency", "tokens/s"): series})
 
 
 def growth(cells: Cells, path: Path) -> None:
     """Step time over context and over concurrency."""
-    panels: dict[str, Series] = {
-        "step, ms, by context": defaultdict(list),
-        "step, ms, by concurrency": defaultdict(list),
-    }
+    panels: dict[tuple[str, str], Series] = defaultdict(lambda: defaultdict(list))
     for key, cell in cells.items():
         kind, size, drafter = key.split(" ", 2)
-        panels[f"step, ms, by {kind}"][drafter].append((int(size), cell["step_ms"]))
-    draw(path, panels, "tokens of context, and sequences")
+        panels[kind, "step, ms"][drafter].append((int(size), cell["step_ms"]))
+    draw(path, panels)
 
 
 def arrivals(cells: Cells, path: Path) -> None:
     """Latencies over the rate of arrival."""
-    panels: dict[str, Series] = {}
+    panels: dict[tuple[str, str], Series] = {}
     for kind, title in (("ttft_ms", "time to first token"), ("tpot_ms", "time per output token")):
         series: Series = defaultdict(list)
         for key, cell in cells.items():
             drafter = key.rsplit(" at ", 1)[0]
             for percent in ("p50", "p95"):
                 series[f"{drafter}, {percent}"].append((cell["rate"], cell[kind][percent]))
-        panels[f"{title}, ms"] = series
-    draw(path, panels, "requests/s")
+        panels["requests/s", f"{title}, ms"] = series
+    draw(path, panels)
 
 
 def soak(cells: Cells, path: Path) -> None:
     """Memory over time."""
     points = [(seconds / 60, mb) for seconds, mb in cells["samples"]]
-    draw(path, {"RSS, MB": {"engine": points}}, "minutes", log=False)
+    draw(path, {("minutes", "RSS, MB"): {"engine": points}}, log=False)
 
 
 def profile(cells: Cells, path: Path) -> None:

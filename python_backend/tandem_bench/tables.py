@@ -198,6 +198,8 @@ def profile(cells: Cells) -> str:
         groups = [[group, f"{ms:.2f}"] for group, ms in cell["groups"].items() if ms >= 0.05]
         parts.append(f"Operators by phase and kind, {name}:\n")
         parts.append(table(["phase: kind", "ms a step"], groups))
+        operators = [[o["operator"], o["self_ms"], o["calls"]] for o in cell["top_operators"]]
+        parts.append(table(["operator", "its own ms a step", "calls"], operators))
     return "\n".join(parts)
 
 
