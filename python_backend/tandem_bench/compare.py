@@ -205,10 +205,10 @@ def warm_up(
     settings: Settings,
     shown: Bar,
 ) -> None:
-    """Runs every system at every concurrency, shortly."""
+    """Runs every system shortly, at the lowest and the highest concurrency."""
     short = Settings(max_tokens=16)
     for system in systems:
-        for concurrency in settings.concurrencies:
+        for concurrency in {min(settings.concurrencies), max(settings.concurrencies)}:
             if system.worker in workers and system.runs_at(concurrency):
                 shown.say(f"warming up {system.name} at {concurrency}")
                 ask(workers, system, repeat_to_fill(prompts[:1], concurrency), concurrency, short)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 # The share of others above which a figure is worth little.
 NOISY = 0.05
-_TRIES = 3
+_TRIES = 2
 
 
 def cpu_seconds(pid: int) -> float:
@@ -24,7 +24,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
-    """Measures, and anew while others used the CPU; keeps the least disturbed of three tries.
+    """Measures, and anew while others used the CPU; keeps the less disturbed of two tries.
 
     Returns:
         What `work` returned, and the share of all cores that others used meanwhile.
