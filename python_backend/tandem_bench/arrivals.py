@@ -42,11 +42,11 @@ def run(settings: Settings, rates: Items[float]) -> None:
         for rate, drafter in todo:
             shown.say(f"{drafter}, {rate:g} requests/s")
             arrivals = poisson(rate, len(prompts))
-            done, share = undisturbed(
+            done, surroundings = undisturbed(
                 partial(open_loop, engine, prompts, settings.params, drafter, arrivals),
             )
             engine.check_integrity()
-            cell = {"rate": rate, **figures(done), "foreign_cpu_share": share}
+            cell = {"rate": rate, **figures(done), **surroundings}
             results.put(key(drafter, rate), cell)
             shown.advance()
 

@@ -6,24 +6,26 @@ faster than its products. Both are measured with the operators that a model itse
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from tandem_bench.noise import foreign_share
+from tandem.packing import can_pack
+from tandem_bench.figures import median
+from tandem_bench.noise import foreign_share, read_rate
 from tandem_bench.settings import Settings, bar
 
-# The shape of Gemma 3's output head, the largest matrix that a step reads: 335 MB, far more than
-# any cache holds.
-_WEIGHT = (262_144, 640)
+PART = "ceilings"
+# The shape of Gemma 3's output head, and the rows of steps with one and more sequences and drafts.
+_HEAD = (262_144, 640)
+_ROWS = (1, 5, 16, 32, 80)
 _SQUARE = 2048
 _REPEATS = 15
-
-
-PART = "ceilings"
 
 
 def run(settings: Settings) -> None:
@@ -38,34 +40,32 @@ def run(settings: Settings) -> None:
 def measure() -> dict[str, Any]:
     """Medians of several repeats: GB/s of reading, GFLOP/s and milliseconds of products."""
     foreign = foreign_share()
-    weight = torch.randn(_WEIGHT, dtype=torch.bfloat16)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    num_bytes = weight.numel() * weight.element_size()
-    as_integers = weight.view(torch.int64)
-    square = torch.randn(_SQUARE, _SQUARE, dtype=torch.bfloat16)
-    packed_square = torch.ops.mkldnn._reorder_linear_weight(square, _SQUARE)
-
-    def seconds(work: Callable[[], object]) -> float:
-        work()
-        times = []
-        for _ in range(_REPEATS):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    def product(rows: int, matrix: torch.Tensor, width: int) -> float:
-        x = torch.randn(rows, width, dtype=torch.bfloat16)
-        return seconds(lambda: torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], ""))
-
-    read = seconds(lambda: as_integers.amax())
-    head = {rows: product(rows, packed, _WEIGHT[1]) for rows in (1, 5, 16, 32, 80)}
-    rate = 2 * _SQUARE**3 / product(_SQUARE, packed_square, _SQUARE)
+    head = torch.randn(_HEAD, dtype=torch.bfloat16)
+    head_seconds = {rows: product_seconds(head, rows) for rows in _ROWS}
+    num_bytes = head.numel() * head.element_size()
+    square = product_seconds(torch.randn(_SQUARE, _SQUARE, dtype=torch.bfloat16), _SQUARE)
     return {
-        "read_gb_per_second": round(num_bytes / read / 1e9, 2),
-        "bf16_gflop_per_second": round(rate / 1e9, 1),
-        **{f"head_ms_{rows}_rows": round(1e3 * value, 2) for rows, value in head.items()},
-        "head_read_gb_per_second": round(num_bytes / head[1] / 1e9, 2),
+        "read_gb_per_second": read_rate(),
+        "head_read_gb_per_second": round(num_bytes / head_seconds[1] / 1e9, 1),
+        "bf16_gflop_per_second": round(2e-9 * _SQUARE**3 / square),
+        **{f"head_ms_{rows}_rows": round(1e3 * s, 2) for rows, s in head_seconds.items()},
         "threads": torch.get_num_threads(),
         "foreign_cpu_share": foreign(),
     }
+
+
+def product_seconds(weight: Tensor, num_rows: int) -> float:
+    """The median time of a linear layer, packed where the engine would pack it."""
+    rows = torch.randn(num_rows, weight.shape[1], dtype=weight.dtype)
+    work: Callable[[], Tensor] = partial(functional.linear, rows, weight)
+    if can_pack(weight.device, weight.dtype):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        work = partial(pointwise, rows, packed, None, "none", [], "")
+    work()
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return median(times)

@@ -98,7 +98,7 @@ def run(settings: Settings) -> None:
         for system, concurrency, number in todo:
             shown.say(f"{system.name}, concurrency {concurrency}, round {number + 1}")
             load = repeat_to_fill(prompts, concurrency)
-            done, foreign = undisturbed(
+            done, surroundings = undisturbed(
                 partial(ask, workers, system, load, concurrency, settings),
             )
             answers = [trace.token_ids for trace in done.traces[: len(prompts)]]
@@ -107,7 +107,7 @@ def run(settings: Settings) -> None:
                 {
                     **summary(done.traces, done.seconds),
                     "others_cpu_share": round(done.others_cpu_share, 4),
-                    "foreign_cpu_share": foreign,
+                    **surroundings,
                     "against_reference": agreement(answers, results.cells["reference"]),
                 },
             )

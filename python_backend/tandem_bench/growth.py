@@ -50,8 +50,8 @@ def run(settings: Settings, contexts: tuple[int, ...]) -> None:
                 if kind == "context"
                 else repeat_to_fill(prompts, size)[:size]
             )
-            cell, share = undisturbed(partial(measure, engine, load, drafter, settings))
-            results.put(key(kind, size, drafter), {**cell, "foreign_cpu_share": share})
+            cell, surroundings = undisturbed(partial(measure, engine, load, drafter, settings))
+            results.put(key(kind, size, drafter), {**cell, **surroundings})
             shown.advance()
 
 

@@ -1,4 +1,7 @@
-"""Who else used the CPU meanwhile: figures of a machine that is busy otherwise are worth little."""
+"""What else went on: other processes, and other machines on the same host, slow memory down.
+
+Figures that were taken meanwhile are worth little, so each one says what it was like.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import psutil
+import torch
 
 T = TypeVar("T")
 
 # The share of others above which a figure is worth little.
 NOISY = 0.05
 _TRIES = 2
+# The size of Gemma 3's output head, the largest matrix that a step reads; no cache holds it.
+_READ_BYTES = 2 * 262_144 * 640
+_READS = 5
 
 
 def cpu_seconds(pid: int) -> float:
@@ -23,19 +30,32 @@ def cpu_seconds(pid: int) -> float:
     return float(sum(t.user + t.system + t.children_user + t.children_system for t in times))
 
 
-def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
+def undisturbed(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     """Measures, and anew while others used the CPU; keeps the less disturbed of two tries.
 
     Returns:
-        What `work` returned, and the share of all cores that others used meanwhile.
+        What `work` returned, and how it was meanwhile: `foreign_cpu_share`, and
+        `read_gb_per_second` of memory just before.
     """
     tries = []
     for _ in range(_TRIES):
+        rate = read_rate()
         share = foreign_share()
-        tries.append((work(), share()))
-        if tries[-1][1] <= NOISY:
+        tries.append((work(), {"foreign_cpu_share": share(), "read_gb_per_second": rate}))
+        if tries[-1][1]["foreign_cpu_share"] <= NOISY:
             break
-    return min(tries, key=lambda result: result[1])
+    return min(tries, key=lambda result: result[1]["foreign_cpu_share"])
+
+
+def read_rate() -> float:
+    """GB/s of reading memory, the best of a few times."""
+    weight = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
+    seconds = []
+    for _ in range(_READS):
+        start = time.perf_counter()
+        weight.amax()
+        seconds.append(time.perf_counter() - start)
+    return round(_READ_BYTES / min(seconds) / 1e9, 1)
 
 
 def foreign_share() -> Callable[[], float]:

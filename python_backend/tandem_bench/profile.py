@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tandem import Engine, SamplingParams
 from tandem.metrics import EngineStats
-from tandem_bench.noise import foreign_share
+from tandem_bench.noise import foreign_share, read_rate
 from tandem_bench.settings import Settings, bar
 from tandem_bench.workload import repeat_to_fill
 
@@ -131,7 +131,7 @@ def profile_steps(
     try:
         steps(_WARM_UP_STEPS)
         marked.phases.clear()
-        foreign = foreign_share()
+        rate, foreign = read_rate(), foreign_share()
         seconds = steps(num_steps // 2)
         phases = list(marked.phases)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -154,6 +154,7 @@ def profile_steps(
     operators = sum(e.cpu_time_total for e in events if _is_outermost(e, _OPERATOR)) / 1e6
     return {
         "foreign_cpu_share": share,
+        "read_gb_per_second": rate,
         "step_ms": round(seconds * per_step, 3),
         "profiled_step_ms": round(profiled_seconds * per_step, 3),
         "products_ms": round(products * per_step, 3),

@@ -39,7 +39,7 @@ def run(settings: Settings) -> None:
         for drafter, concurrency, number in todo:
             shown.say(f"{drafter}, concurrency {concurrency}, round {number + 1}")
             load = repeat_to_fill(prompts, concurrency)
-            done, share = undisturbed(
+            done, surroundings = undisturbed(
                 partial(closed_loop, engine, load, settings.params, drafter, concurrency),
             )
             shown.advance()
@@ -49,7 +49,7 @@ def run(settings: Settings) -> None:
                 key(drafter, concurrency, number),
                 {
                     **figures(done),
-                    "foreign_cpu_share": share,
+                    **surroundings,
                     "against_plain_alone": agreement(answers, plain),
                 },
             )

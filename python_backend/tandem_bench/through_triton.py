@@ -61,10 +61,10 @@ def run(settings: Settings) -> None:
                         perf_analyzer, server, load, drafter, concurrency, settings, Path(scratch)
                     )
                 )
-                traces, share = undisturbed(work)
+                traces, surroundings = undisturbed(work)
                 first = min(trace.sent for trace in traces)
                 seconds = max(trace.times[-1] for trace in traces) - first
-                return {**summary(traces, seconds), "foreign_cpu_share": share}
+                return {**summary(traces, seconds), **surroundings}
 
             for way in (_ENGINE, _TRITON):
                 for drafter in settings.drafters:
