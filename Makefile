@@ -5,13 +5,14 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 MODEL_REPOSITORY ?= model_repository
 PYTEST_ARGS ?=
+BENCH_ARGS ?= all
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint fmt clean distclean
+.PHONY: help setup demo serve test lint fmt bench bench-peers clean distclean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## install packages, server and default model (PYTHON=python3)
 	@$(PYTHON) scripts/bootstrap.py
@@ -36,9 +37,15 @@ fmt: setup ## format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
+bench: setup ## measure everything, for hours (BENCH_ARGS="engine -c 1 8")
+	@$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+bench-peers: setup ## install vLLM in .vllm, for the benchmark to compare with
+	@$(BIN)/python scripts/bench_peers.py
+
 clean: ## remove what builds and tools leave behind
 	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## also remove what setup made: .venv, .triton and .models
-	@rm -rf .venv .triton .models .setup.lock
+distclean: clean ## also remove what setup made: .venv, .triton and .models, and .vllm
+	@rm -rf .venv .triton .models .vllm .bench .setup.lock

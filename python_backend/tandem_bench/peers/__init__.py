@@ -1,0 +1,1 @@
+"""The engines that are compared, each as a worker process: `python -m tandem_bench.peers.NAME`."""

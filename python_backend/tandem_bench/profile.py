@@ -1,0 +1,284 @@
+"""Where the time of a step goes: torch's profiler over steps in which all sequences decode.
+
+Times are of the thread that steps. A product's time is how long its outermost operator took, from
+profiled steps; a step's time is from steps without the profiler, before and after those. So the
+share outside the products, `1 - products / step`, is not blown up by the profiler's own cost. The
+groups come from a third set of steps, in which each module opens a range of its own: an operator
+belongs to the innermost module around it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from tandem import Engine, SamplingParams
+from tandem.metrics import EngineStats
+from tandem_bench.noise import foreign_share, read_rate
+from tandem_bench.settings import Settings, bar
+from tandem_bench.workload import repeat_to_fill
+
+_WARM_UP_STEPS = 6
+_PHASE, _GROUP = "phase:", "group:"
+# Matrix products: linear layers, attention, and what a drafter multiplies.
+PRODUCT = re.compile(
+    r"mkldnn::_linear_pointwise|aten::(linear|addmm|mm|bmm|matmul|baddbmm|mkldnn_linear|"
+    r"scaled_dot_product_attention|_weight_int8pack_mm|_weight_int4pack_mm.*|_scaled_mm)|onednn::.*"
+)
+_ATTENTION = re.compile(r"aten::(_?scaled_dot_product.*|_fused_sdp.*)")
+_GROUP_OF_CLASS = (
+    ("Linear", "linear layers"),
+    ("Norm", "norms"),
+    ("Rotary", "rotary embedding"),
+    ("Embedding", "token embedding"),
+    ("Attention", "attention but its products"),
+    ("MLP", "MLP but its products"),
+)
+_REST = {
+    "schedule": "schedule",
+    "draft": "other",
+    "verify": "residuals and inputs",
+    "accept": "sampling",
+    "commit": "commit",
+}
+
+
+class _MarkedStats(EngineStats):
+    """Opens a range of the profiler for each phase."""
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        with record_function(_PHASE + phase), super().time(phase):
+            yield
+
+
+PART = "profile"
+
+
+def run(settings: Settings) -> None:
+    """Profiles what is not in `profile.json` yet."""
+    results = settings.results(PART, ())
+    todo = [
+        (drafter, concurrency)
+        for concurrency in settings.concurrencies
+        for drafter in settings.drafters
+        if f"{drafter} c{concurrency}" not in results
+    ]
+    if not todo:
+        return
+    with bar(PART, len(todo), results) as shown:
+        shown.say("loading")
+        engine = Engine(settings.engine_config())
+        prompts = settings.prompts()
+        for drafter, concurrency in todo:
+            shown.say(f"{drafter}, concurrency {concurrency}")
+            load = repeat_to_fill(prompts, concurrency)[:concurrency]
+            # The profiler's own work after the steps grows with the sequences.
+            num_steps = max(8, 32 // concurrency)
+            results.put(
+                f"{drafter} c{concurrency}", profile_steps(engine, load, drafter, num_steps)
+            )
+            shown.advance()
+
+
+def profile_steps(
+    engine: Engine,
+    prompts: Items[list[int]],
+    drafter: str,
+    num_steps: int = 30,
+) -> dict[str, Any]:
+    """Decodes all prompts at once and says where the time went.
+
+    Args:
+        num_steps: steps of each of the three sets.
+
+    Returns:
+        Milliseconds a step: `step_ms`, `products_ms`, `phases` (without the profiler), `groups`
+        (operators by phase and kind), `python_ms` (no operator was running), `top_operators`; and
+        `share_outside_products`.
+    """
+    # Its library reports each start and stop otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    params = SamplingParams(max_tokens=engine.max_model_len, temperature=0.0, ignore_eos=True)
+    sequences = [engine.make_sequence(prompt, params, drafter=drafter) for prompt in prompts]
+    for sequence in sequences:
+        engine.add(sequence)
+    while not all(sequence.is_decoding for sequence in sequences):
+        engine.step()
+    marked, plain = _MarkedStats(), engine.stats
+    engine.stats = marked
+
+    def steps(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            engine.step()
+        return time.perf_counter() - start
+
+    try:
+        steps(_WARM_UP_STEPS)
+        marked.phases.clear()
+        rate, foreign = read_rate(), foreign_share()
+        seconds = steps(num_steps // 2)
+        phases = list(marked.phases)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            profiled_seconds = steps(num_steps)
+        marked.phases.clear()
+        seconds += steps(num_steps - num_steps // 2)
+        phases += marked.phases
+        share = foreign()
+        with _module_ranges(engine), profile(activities=[ProfilerActivity.CPU]) as by_module:
+            steps(num_steps)
+        assert all(sequence.is_decoding for sequence in sequences), "a sequence ended too early"
+    finally:
+        engine.stats = plain
+        for sequence in sequences:
+            engine.cancel(sequence)
+        engine.step()
+    per_step = 1e3 / num_steps
+    events = list(profiler.events())
+    products = sum(e.cpu_time_total for e in events if _is_outermost(e, PRODUCT)) / 1e6
+    operators = sum(e.cpu_time_total for e in events if _is_outermost(e, _OPERATOR)) / 1e6
+    return {
+        "foreign_cpu_share": share,
+        "read_gb_per_second": rate,
+        "step_ms": round(seconds * per_step, 3),
+        "profiled_step_ms": round(profiled_seconds * per_step, 3),
+        "products_ms": round(products * per_step, 3),
+        "share_outside_products": round(1 - products / seconds, 4),
+        "python_ms": round((seconds - operators) * per_step, 3),
+        "profiled_python_ms": round((profiled_seconds - operators) * per_step, 3),
+        "phases": _rounded(_sum(phases), per_step),
+        "phase_operators": _rounded(_operators_by_phase(events), per_step),
+        "groups": _rounded(_groups(list(by_module.events())), per_step),
+        "top_operators": _top(events, num_steps),
+        "num_tokens_a_sequence": round(
+            sum(sequence.num_tokens for sequence in sequences) / len(sequences), 1
+        ),
+    }
+
+
+_OPERATOR = re.compile(rf"(?!{_PHASE}|{_GROUP}|ProfilerStep).*")
+
+
+def _is_outermost(event: FunctionEvent, pattern: re.Pattern[str]) -> bool:
+    if not pattern.fullmatch(event.name):
+        return False
+    parent = event.cpu_parent
+    while parent is not None:
+        if pattern.fullmatch(parent.name):
+            return False
+        parent = parent.cpu_parent
+    return True
+
+
+def _ancestor(event: FunctionEvent, prefix: str) -> str | None:
+    parent: FunctionEvent | None = event
+    while parent is not None:
+        if parent.name.startswith(prefix):
+            return str(parent.name.removeprefix(prefix))
+        parent = parent.cpu_parent
+    return None
+
+
+def _sum(phases: Items[tuple[str, float]]) -> dict[str, float]:
+    seconds = defaultdict[str, float](float)
+    for phase, duration in phases:
+        seconds[phase] += duration
+    return seconds
+
+
+def _operators_by_phase(events: Items[FunctionEvent]) -> dict[str, float]:
+    seconds = defaultdict[str, float](float)
+    for event in events:
+        if _is_outermost(event, _OPERATOR):
+            seconds[_ancestor(event, _PHASE) or "between phases"] += event.cpu_time_total / 1e6
+    return seconds
+
+
+def _groups(events: Items[FunctionEvent]) -> dict[str, float]:
+    """Seconds of the operators by phase and kind."""
+    seconds = defaultdict[str, float](float)
+    for event in events:
+        if event.name.startswith((_PHASE, _GROUP)):
+            continue
+        phase = _ancestor(event, _PHASE) or "between phases"
+        seconds[f"{phase}: {_kind(event, phase)}"] += event.self_cpu_time_total / 1e6
+    return seconds
+
+
+def _kind(event: FunctionEvent, phase: str) -> str:
+    outer: FunctionEvent | None = event
+    while outer is not None and not outer.name.startswith(_GROUP):
+        if _ATTENTION.fullmatch(outer.name):
+            return "attention products"
+        if outer.name == "aten::index_copy_":
+            return "K/V write"
+        outer = outer.cpu_parent
+    if outer is not None:
+        return str(outer.name.removeprefix(_GROUP))
+    return _REST.get(phase, "other")
+
+
+@contextmanager
+def _module_ranges(engine: Engine) -> Iterator[None]:
+    """Opens a range of the profiler for each call of a module that has a group."""
+    head = engine.verifier.model.get_output_embeddings()
+    ranges: list[Any] = []
+
+    def enter(module: torch.nn.Module, args: Any) -> None:
+        group = next((g for part, g in _GROUP_OF_CLASS if part in type(module).__name__), None)
+        if module is head:
+            group = "head"
+        ranges.append(group and record_function(_GROUP + group))
+        if group:
+            ranges[-1].__enter__()
+
+    def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+        opened = ranges.pop()
+        if opened:
+            opened.__exit__(None, None, None)
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _top(events: Items[FunctionEvent], num_steps: int, count: int = 20) -> list[dict[str, Any]]:
+    seconds, calls = defaultdict[str, float](float), defaultdict[str, int](int)
+    for event in events:
+        if _OPERATOR.fullmatch(event.name):
+            seconds[event.name] += event.self_cpu_time_total / 1e6
+            calls[event.name] += 1
+    return [
+        {
+            "operator": name,
+            "self_ms": round(1e3 * value / num_steps, 3),
+            "calls": round(calls[name] / num_steps, 1),
+        }
+        for name, value in _descending(seconds)[:count]
+    ]
+
+
+def _rounded(seconds: dict[str, float], per_step: float) -> dict[str, float]:
+    return {name: round(value * per_step, 3) for name, value in _descending(seconds)}
+
+
+def _descending(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(seconds.items(), key=lambda item: -item[1])

@@ -1,0 +1,152 @@
+"""The same load through Triton and gRPC, sent by NVIDIA's perf_analyzer, against the engine alone.
+
+Server and engine are both loaded and are measured in turns. perf_analyzer keeps `concurrency`
+requests in flight; the first ones of a run warm the connection up and are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tandem_bench.figures import Trace, summary
+from tandem_bench.noise import undisturbed
+from tandem_bench.settings import Settings, bar, turned
+from tandem_bench.worker import Worker, WorkerError
+from tandem_bench.workload import ROOT, repeat_to_fill
+from triton_runtime import TRITON
+from triton_server import TritonServer
+
+PART = "triton"
+_LOGS = ROOT / ".bench"
+_ENGINE, _TRITON = "engine alone", "through Triton"
+
+
+def run(settings: Settings) -> None:
+    """Measures what is not in `triton.json` yet."""
+    results = settings.results(PART, ("num_prompts", "max_tokens"))
+    todo = [
+        (way, drafter, concurrency, number)
+        for number in range(settings.rounds)
+        for concurrency in settings.concurrencies
+        for drafter in settings.drafters
+        for way in turned((_ENGINE, _TRITON), number)
+        if key(way, drafter, concurrency, number) not in results
+    ]
+    if not todo:
+        return
+    prompts = settings.prompts()
+    with bar(PART, len(todo), results) as shown, tempfile.TemporaryDirectory() as scratch:
+        shown.say("loading")
+        command = [sys.executable, "-m", "tandem_bench.peers.tandem", str(settings.config)]
+        command += ["--max-num-seqs", str(max(settings.concurrencies))]
+        repository = write_repository(Path(scratch), settings)
+        with (
+            Worker("tandem", command, {}, _LOGS / "engine.log") as engine,
+            TritonServer(repository, log_file=_LOGS / "triton.log") as server,
+        ):
+
+            def measure(way: str, drafter: str, concurrency: int) -> dict[str, Any]:
+                load = repeat_to_fill(prompts, concurrency)
+                work = (
+                    partial(_alone, engine, load, drafter, concurrency, settings)
+                    if way == _ENGINE
+                    else partial(
+                        perf_analyzer, server, load, drafter, concurrency, settings, Path(scratch)
+                    )
+                )
+                traces, surroundings = undisturbed(work)
+                first = min(trace.sent for trace in traces)
+                seconds = max(trace.times[-1] for trace in traces) - first
+                return {**summary(traces, seconds), **surroundings}
+
+            for way in (_ENGINE, _TRITON):
+                for drafter in settings.drafters:
+                    shown.say(f"warming up {way}, {drafter}")
+                    measure(way, drafter, min(2, max(settings.concurrencies)))
+            for way, drafter, concurrency, number in todo:
+                shown.say(f"{way}, {drafter}, concurrency {concurrency}, round {number + 1}")
+                name = key(way, drafter, concurrency, number)
+                results.put(name, measure(way, drafter, concurrency))
+                shown.advance()
+
+
+def key(way: str, drafter: str, concurrency: int, number: int) -> str:
+    """The name of one measurement."""
+    return f"{way} {drafter} c{concurrency} r{number}"
+
+
+def write_repository(directory: Path, settings: Settings) -> Path:
+    """The repository that is served by default, with room for the highest concurrency."""
+    source = settings.config.parents[1]
+    model = directory / "repository" / source.name
+    (model / "1").mkdir(parents=True)
+    shutil.copy(source / "config.pbtxt", model)
+    values = json.loads(settings.config.read_text(encoding="utf-8"))
+    config = settings.engine_config()
+    values["verifier"] = config.verifier
+    values["drafters"] = config.drafters
+    values["max_num_seqs"] = config.max_num_seqs
+    (model / "1" / "model.json").write_text(json.dumps(values), encoding="utf-8")
+    return directory / "repository"
+
+
+def _alone(
+    engine: Worker, prompts: list[list[int]], drafter: str, concurrency: int, settings: Settings
+) -> list[Trace]:
+    answer = engine.ask(
+        prompts=prompts,
+        max_tokens=settings.max_tokens,
+        concurrency=concurrency,
+        drafter=drafter,
+    )
+    return [Trace(**trace) for trace in answer["traces"]]
+
+
+def perf_analyzer(
+    server: TritonServer,
+    prompts: list[list[int]],
+    drafter: str,
+    concurrency: int,
+    settings: Settings,
+    scratch: Path,
+) -> list[Trace]:
+    """Sends each prompt once; when its responses came, from the profile that is exported.
+
+    Raises:
+        WorkerError: perf_analyzer failed, or requests are missing in its profile.
+    """
+    options = {"max_tokens": settings.max_tokens, "temperature": 0.0, "ignore_eos": True}
+    data = [
+        {
+            "input_ids": {"content": prompt, "shape": [len(prompt)]},
+            "sampling_parameters": [json.dumps({**options, "drafter": drafter})],
+            "stream": [True],
+        }
+        for prompt in prompts
+    ]
+    inputs, export = scratch / "inputs.json", scratch / "profile.json"
+    inputs.write_text(json.dumps({"data": data}), encoding="utf-8")
+    export.unlink(missing_ok=True)
+    command = [str(TRITON / "bin" / "perf_analyzer"), "-m", "tandem", "-u", server.grpc_url]
+    command += ["-i", "grpc", "--streaming", "--async", "--input-data", str(inputs)]
+    command += ["--concurrency-range", str(concurrency), "--request-count", str(len(prompts))]
+    command += ["--profile-export-file", str(export)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not export.exists():
+        raise WorkerError(f"perf_analyzer failed: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+    requests = json.loads(export.read_text(encoding="utf-8"))["experiments"][0]["requests"]
+    return [_trace(request, settings.max_tokens) for request in requests]
+
+
+def _trace(request: dict[str, Any], num_tokens: int) -> Trace:
+    """When a request was sent and its responses came; only the whole count of tokens is known."""
+    times = [stamp / 1e9 for stamp in request["response_timestamps"]]
+    counts = [1] * (len(times) - 1)
+    return Trace(request["timestamp"] / 1e9, times, [*counts, num_tokens - sum(counts)], [])
