@@ -6,6 +6,8 @@ Parts, each of which can be run alone:
   profile   where the time of a step goes, by torch's profiler
   triton    the same load through Triton and gRPC (perf_analyzer), in turns with the engine alone
   peers     transformers' generate and, after `make bench-peers`, vLLM, in turns with Tandem
+  lookahead the adaptive lookahead against every fixed one, on four kinds of text
+  noise     acceptance of guesses under shared noise against the likeliest ones
   growth    step time and memory as context and concurrency grow
   arrivals  latencies when requests arrive as a Poisson process
   soak      memory over minutes of mixed load
@@ -29,6 +31,7 @@ from tandem_bench import (
     ceilings,
     compare,
     growth,
+    lookahead,
     profile,
     report,
     soak,
@@ -54,6 +57,8 @@ PARTS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "profile": lambda settings, _: profile.run(settings),
     "triton": lambda settings, _: through_triton.run(settings),
     "peers": lambda settings, _: compare.run(settings),
+    "lookahead": lambda settings, _: lookahead.run(settings),
+    "noise": lambda settings, _: lookahead.run_noise(settings),
     "growth": lambda settings, given: growth.run(settings, tuple(given.contexts)),
     "arrivals": lambda settings, given: arrivals.run(settings, given.rates),
     "soak": lambda settings, given: soak.run(settings, given.minutes),

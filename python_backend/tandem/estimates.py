@@ -1,9 +1,9 @@
 """How likely a draft token is to be accepted, learnt from what became of earlier ones.
 
-A drafter's record is kept by temperature and by position in the round. A sequence's own luck moves
-it up or down, the more the longer it lasts. Where the drafter says how sure it is, that counts
-instead, translated into what such claims have been worth: is a guess with 0.9 right nine times in
-ten?
+A drafter's record is kept by temperature and by position in the round. Where the drafter says how
+sure it is of a guess, that counts instead, translated into what such claims have been worth: is a
+guess with 0.9 right nine times in ten? A sequence's own luck moves either up or down, the more the
+longer it lasts.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class _Record:
             chances.append(self.by_position[position].given(chances[-1]))
         return chances[1:]
 
+    def worth(self, source: str, confidence: float) -> float:
+        """The share accepted of guesses made with about this confidence."""
+        bin_ = _bin(confidence)
+        return self.by_confidence[source, bin_].given((bin_ + 0.5) / _NUM_BINS)
+
 
 @dataclass
 class _Luck:
@@ -84,16 +89,12 @@ class Estimates:
     def chances(self, sequence: Sequence, count: int) -> list[float]:
         """The chances of guesses not made yet, at the first `count` positions of a round."""
         offset = self._luck[sequence.id].offset
-        return [
-            min(0.99, max(0.01, chance + offset))
-            for chance in self._record(sequence).chances(count)
-        ]
+        return [_moved(chance, offset) for chance in self._record(sequence).chances(count)]
 
     def of(self, sequence: Sequence, source: str, confidence: float) -> float:
         """The chance of a guess that its drafter is `confidence` sure of."""
-        bin_ = _bin(confidence)
-        share = self._record(sequence).by_confidence[source, bin_]
-        return share.given((bin_ + 0.5) / _NUM_BINS)
+        worth = self._record(sequence).worth(source, confidence)
+        return _moved(worth, self._luck[sequence.id].offset)
 
     def observe(
         self,
@@ -113,14 +114,15 @@ class Estimates:
         num_tried = min(num_accepted + 1, num_verified)
         for position, expected in enumerate(record.chances(num_tried)):
             hit = position < num_accepted
-            luck.add(hit, expected)
             if confidences:
+                expected = record.worth(source, confidences[position])
                 record.by_confidence[source, _bin(confidences[position])].add(hit)
+            luck.add(hit, expected)
             record.by_position[position].add(hit)
         if num_tried == num_accepted == num_verified:
             # Guesses that were not worth verifying: left out, the rest would look too good.
             for position in range(num_verified, len(confidences)):
-                record.by_position[position].add(self.of(sequence, source, confidences[position]))
+                record.by_position[position].add(record.worth(source, confidences[position]))
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is known of a sequence that has ended."""
@@ -130,6 +132,10 @@ class Estimates:
         temperature = sequence.params.temperature
         kind = sum(temperature > bound for bound in _TEMPERATURES)
         return self._records[sequence.drafter, kind]
+
+
+def _moved(chance: float, offset: float) -> float:
+    return min(0.99, max(0.01, chance + offset))
 
 
 def _bin(confidence: float) -> int:

@@ -106,9 +106,22 @@ def kinds(cell: Cells) -> dict[str, float]:
     return dict(merged)
 
 
+def lookahead(cells: Cells, path: Path) -> None:
+    """Speed against plain decoding over concurrency: each fixed lookahead, and the adaptive one."""
+    panels: dict[tuple[str, str], Series] = defaultdict(lambda: defaultdict(list))
+    for key, cell in cells.items():
+        kind, concurrency = key.rsplit(" c", 1)
+        for name, figures in cell.items():
+            label = f"Tandem, {name}" if name == "adaptive" else f"k={name}"
+            factor = figures["tokens_per_second"] / cell["0"]["tokens_per_second"]
+            panels["concurrency", f"{kind}: times plain"][label].append((int(concurrency), factor))
+    draw(path, panels)
+
+
 PLOTS: dict[str, Callable[[Any, Path], None]] = {
     "peers": peers,
     "growth": growth,
+    "lookahead": lookahead,
     "arrivals": arrivals,
     "soak": soak,
     "profile": profile,

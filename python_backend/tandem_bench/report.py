@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tandem_bench import plots, tables
+from tandem_bench import lookahead, plots, tables
 from tandem_bench.results import read
 from tandem_bench.workload import ROOT
 
@@ -17,6 +17,8 @@ _PARTS: dict[str, tuple[str, Callable[[tables.Cells], str]]] = {
     "engine": ("The engine alone", tables.engine),
     "profile": ("Where the time of a step goes", tables.profile),
     "triton": ("Through Triton", tables.triton),
+    "lookahead": ("The adaptive lookahead against every fixed one", lookahead.summary),
+    "noise": ("Guesses under shared noise against the likeliest", lookahead.noise_summary),
     "growth": ("Growth", tables.growth),
     "arrivals": ("Poisson arrivals", tables.arrivals),
     "soak": ("Soak", lambda cells: tables.facts({"end": cells["end"]})),

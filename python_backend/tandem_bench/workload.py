@@ -19,6 +19,16 @@ def read_prompts(path: Path = PROMPTS) -> list[str]:
     """The prompts of a file, one of each kind in turn, so that any first few are a fair sample.
 
     Raises:
+        ValueError: see `prompts_by_kind`.
+    """
+    kinds = prompts_by_kind(path).values()
+    return [prompt for turn in zip_longest(*kinds) for prompt in turn if prompt]
+
+
+def prompts_by_kind(path: Path = PROMPTS) -> dict[str, list[str]]:
+    """The prompts of a file.
+
+    Raises:
         ValueError: naming the first line that isn't `{"kind": ..., "prompt": ...}`.
     """
     by_kind: dict[str, list[str]] = defaultdict(list)
@@ -30,7 +40,7 @@ def read_prompts(path: Path = PROMPTS) -> list[str]:
             raise ValueError(
                 f'{path}, line {number}: expected {{"kind": ..., "prompt": ...}}, got {line!r}'
             ) from error
-    return [prompt for turn in zip_longest(*by_kind.values()) for prompt in turn if prompt]
+    return dict(by_kind)
 
 
 def repeat_to_fill(prompts: Items[T], concurrency: int) -> list[T]:
