@@ -104,6 +104,6 @@ def test_check_integrity_notices(damage: str) -> None:
     elif damage == "shared":
         one.block_table[0] = other.block_table[0]
     else:
-        pool.num_free += 1
+        pool.num_empty += 1
     with pytest.raises(AssertionError):
         pool.check_integrity([one, other])
