@@ -67,6 +67,8 @@ class Engines:
                 "kv_cache_tokens": 8192,
                 # Rounds of known length; adaptive ones are tests of their own.
                 "lookahead": "fixed",
+                # Tests share engines: what one has run would be in the cache for all others.
+                "enable_prefix_caching": False,
                 **settings,
             }
             self._loaded[key] = Engine(EngineConfig(**values))

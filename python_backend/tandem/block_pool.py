@@ -9,21 +9,18 @@ from hashlib import sha256
 
 from tandem.sequence import Sequence
 
-# One block in so many is kept empty while others can be evicted for it.
-_EMPTY_SHARE = 8
-
 
 class BlockPool:
     """Hands out blocks of `block_size` tokens and takes them back.
 
-    A block is in use, by one sequence or by several that begin alike; or cached, which is free but
-    holds a prefix that a later sequence may begin with; or empty. Cached blocks are evicted when
-    empty ones run short, least recently used first, and of one sequence the last first.
+    Full, committed blocks have the key of their prefix, by which later sequences find them: in use
+    by others, or free, until they are given to a sequence for other tokens. Open to that are the
+    least recently used blocks, half of the pool if so many are free; the others are protected.
 
     A block lies at slots `block * block_size` and on. The pool prefers to give a sequence the
     block right after its last one, and starts a new sequence where the largest gap lets it grow:
-    attention reads a table that is contiguous in place, and gathers any other. That is why some
-    blocks are evicted before they are needed.
+    attention reads a table that is contiguous in place, and gathers any other. So among the open
+    blocks place decides: in the strict order of their last use, tables would soon be in shreds.
     """
 
     def __init__(
@@ -32,18 +29,19 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.num_empty = num_blocks
-        self._empty = bytearray(b"\1" * num_blocks)
         self._num_users = [0] * num_blocks
-        # Blocks that can be shared, in use or cached, by the key of their prefix; and the reverse.
+        # A free block is open or protected. The flags are bytes, to be searched for gaps.
+        self._open = bytearray(b"\1" * num_blocks)
+        self._num_open = num_blocks
+        self._protected: OrderedDict[int, None] = OrderedDict()  # the least recently used first
+        # Blocks that can be shared by the keys of their prefixes, and the reverse.
         self._blocks: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used first
 
     @property
     def num_free(self) -> int:
         """Blocks that a sequence can have."""
-        return self.num_empty + len(self._cached)
+        return self._num_open + len(self._protected)
 
     @property
     def num_used(self) -> int:
@@ -68,21 +66,20 @@ class BlockPool:
             block = self._blocks.get(self._key(sequence, index))
             if block is None:
                 break
-            self._cached.pop(block, None)
-            self._num_users[block] += 1
+            self._use(block)
             sequence.block_table.append(block)
-        return len(sequence.block_table) * self.block_size
+        sequence.num_shared_blocks = len(sequence.block_table)
+        return sequence.num_shared_blocks * self.block_size
 
     def share(self, sequence: Sequence, num_tokens: int) -> None:
         """Offers the full blocks of the first `num_tokens` tokens, which must be committed."""
         if not self.enable_prefix_caching:
             return
-        for index in reversed(range(num_tokens // self.block_size)):
-            key = self._key(sequence, index)
-            if key in self._blocks:  # this block or its like, and so are those before it
-                break
-            block = sequence.block_table[index]
-            self._blocks[key], self._keys[block] = block, key
+        for index in range(sequence.num_shared_blocks, num_tokens // self.block_size):
+            key, block = self._key(sequence, index), sequence.block_table[index]
+            if key not in self._blocks:  # else another sequence has computed the same
+                self._blocks[key], self._keys[block] = block, key
+            sequence.num_shared_blocks = index + 1
 
     def withdraw(self, sequence: Sequence) -> None:
         """Offers the sequence's blocks no longer; who uses them already keeps them."""
@@ -95,8 +92,7 @@ class BlockPool:
         missing = self.missing(sequence, num_tokens)
         if missing > self.num_free:
             return False
-        if missing:
-            self._evict(missing + self.num_blocks // _EMPTY_SHARE)
+        self._open_blocks(missing)
         for num_left in range(missing, 0, -1):
             sequence.block_table.append(self._take(sequence.block_table, num_left))
         return True
@@ -108,22 +104,32 @@ class BlockPool:
             assert self._num_users[block] > 0, f"block {block} freed twice"
             self._num_users[block] -= 1
             if self._num_users[block] == 0:
-                self._set_free(block)
+                self._free(block)
         del sequence.block_table[keep:]
 
-    def _set_free(self, block: int) -> None:
-        if block in self._keys:
-            self._cached[block] = None
-        else:
-            self._empty[block] = True
-            self.num_empty += 1
+    def _use(self, block: int) -> None:
+        if self._open[block]:
+            self._open[block] = False
+            self._num_open -= 1
+        self._protected.pop(block, None)
+        self._num_users[block] += 1
 
-    def _evict(self, num_empty: int) -> None:
-        """Empties cached blocks until there are `num_empty` empty ones, or none is cached."""
-        while self._cached and self.num_empty < num_empty:
-            block, _ = self._cached.popitem(last=False)
-            del self._blocks[self._keys.pop(block)]
-            self._set_free(block)
+    def _free(self, block: int) -> None:
+        if block in self._keys:
+            self._protected[block] = None
+        else:
+            self._set_open(block)
+
+    def _set_open(self, block: int) -> None:
+        self._open[block] = True
+        self._num_open += 1
+
+    def _open_blocks(self, num_wanted: int) -> None:
+        """Opens blocks, the least recently used first: half of the pool, or more if wanted."""
+        num_open = max(num_wanted, self.num_blocks // 2)
+        while self._protected and self._num_open < num_open:
+            block, _ = self._protected.popitem(last=False)
+            self._set_open(block)
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
         """Stands for all tokens up to the end of block `index`, in the sequence's namespace.
@@ -139,15 +145,15 @@ class BlockPool:
 
     def _take(self, table: list[int], num_wanted: int) -> int:
         block = table[-1] + 1 if table else self.num_blocks
-        if block >= self.num_blocks or not self._empty[block]:
+        if block >= self.num_blocks or not self._open[block]:
             block = self._start_of_run(num_wanted)
-        self._empty[block] = False
-        self.num_empty -= 1
-        self._num_users[block] = 1
+        if (key := self._keys.pop(block, None)) is not None:
+            del self._blocks[key]
+        self._use(block)
         return block
 
     def _start_of_run(self, num_wanted: int) -> int:
-        gaps = (gap.span() for gap in re.finditer(b"\1+", self._empty))
+        gaps = (gap.span() for gap in re.finditer(b"\1+", self._open))
         start, stop = max(gaps, key=lambda gap: gap[1] - gap[0])
         # A neighbour on the left may want to grow into this gap: leave it half, if that can be.
         return start if start == 0 else max(start, min((start + stop) // 2, stop - num_wanted))
@@ -169,9 +175,8 @@ class BlockPool:
                     )
         assert num_users == self._num_users, "the count of a block's users is wrong"
         assert self._blocks == {key: block for block, key in self._keys.items()}
-        cached = {block for block in self._keys if num_users[block] == 0}
-        assert cached == set(self._cached), "a cached block is in use, or lost"
         for block, count in enumerate(num_users):
-            is_empty = count == 0 and block not in cached
-            assert self._empty[block] == is_empty, f"block {block} is in use and empty, or neither"
-        assert self.num_empty == sum(self._empty), "the count of empty blocks is wrong"
+            states = (count > 0, bool(self._open[block]), block in self._protected)
+            assert sum(states) == 1, f"block {block} is in use, open and protected: {states}"
+        assert self._protected.keys() <= self._keys.keys(), "an empty block is protected"
+        assert self._num_open == sum(self._open), "the count of open blocks is wrong"

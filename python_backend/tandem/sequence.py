@@ -36,7 +36,8 @@ class Sequence:
     looked for, `grammar` when the text has to match a guide. `stop_reason` is the stop string or
     stop token that ended the text; `started_at` (`time.monotonic`) is when it was first scheduled.
     `prefix_keys` begins with that of the empty prefix: sequences share K/V only where it is the
-    same. The block pool adds one for each full block.
+    same. The block pool adds one for each full block, and has offered the first
+    `num_shared_blocks` of the table to others.
     """
 
     id: int
@@ -55,6 +56,7 @@ class Sequence:
     num_cached_tokens: int = 0
     prefix_keys: list[bytes] = field(default_factory=lambda: [b""])
     block_table: list[int] = field(default_factory=list)
+    num_shared_blocks: int = 0
     cancellation: TandemError | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
