@@ -11,6 +11,7 @@ import pytest
 
 from doubles import HalfDrafter, WrongDrafter, plain, prompt_of, run
 from tandem import Engine, InvalidRequestError, SamplingParams, Sequence
+from tandem.sequence import Draft
 from test_loading import config_of
 from tiny_engines import Engines
 from tiny_models import ASSISTANTS, VERIFIERS, save_verifier
@@ -183,7 +184,7 @@ def test_a_lagging_draft_model_offers_only_what_it_has(
     engine = make_cached("llama", causal_lm="llama")
     drafter = engine.drafters["causal_lm"]
     with monkeypatch.context() as patch:
-        patch.setattr(drafter, "propose", lambda requests: [[] for _ in requests])
+        patch.setattr(drafter, "propose", lambda requests, _: [Draft([])] * len(requests))
         (first,) = send(engine, (SHARED, GREEDY), drafter="causal_lm")
     turn = [*first.token_ids, *prompt_of(3, seed=9)]
     (second,) = send(engine, (turn, GREEDY), drafter="causal_lm")
