@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
@@ -18,6 +19,7 @@ import tandem_client
 from tandem_client import Chunk, Completion, RequestError, ServerUnavailableError
 from tandem_client.cli import main, printer, summary
 from tandem_client.protocol import Exchange, make_request, refusal
+from tandem_client.stats import Sample, compare, render
 
 CHUNK = Chunk(
     "naïve 🙂 text",
@@ -27,6 +29,7 @@ CHUNK = Chunk(
     is_accepted_draft=(True, True, True, False),
     logprobs=({"5": {"logprob": -0.5, "rank": 1, "decoded_token": "x"}},),
     seed=2**64 - 1,
+    num_cached_tokens=2,
     time_to_first_token=0.5,
     total_time=1.5,
     accepted_text_length=7,
@@ -64,6 +67,7 @@ def message(chunk: Chunk | None, *, final: bool = False) -> Any:
     if chunk.finish_reason:
         add_output(response, "stop_reason", "BYTES", chunk.stop_reason or "")
         add_output(response, "seed", "UINT64", np.uint64(chunk.seed))
+        add_output(response, "num_cached_tokens", "INT32", np.int32([chunk.num_cached_tokens]))
         add_output(response, "time_to_first_token", "FP32", np.float32(chunk.time_to_first_token))
         add_output(response, "total_time", "FP32", np.float32(chunk.total_time))
     return response
@@ -242,3 +246,25 @@ def test_input_that_is_not_utf8_exits_with_1(
 
 def test_all_public_names_exist() -> None:
     assert all(hasattr(tandem_client, name) for name in tandem_client.__all__)
+
+
+@pytest.mark.parametrize(("hits", "rate"), [((100, 400), "75%"), ((100, 100), "0%"), (None, "-")])
+def test_stats_show_the_prefix_hits_of_the_interval(
+    hits: tuple[int, int] | None, rate: str
+) -> None:
+    """300 of the 400 tokens looked for in the meantime, whatever there was before."""
+    queries = (1000, 1400) if hits else (1000, 1000)
+    samples = [
+        Sample(
+            float(at),
+            {
+                ("prefix_cache_queries_total", ()): float(queries[at]),
+                ("prefix_cache_hits_total", ()): float((hits or (100, 100))[at]),
+            },
+        )
+        for at in range(2)
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render(compare(*samples)))
+    (line,) = [one for one in console.file.getvalue().splitlines() if "prefix hits" in one]
+    assert line.split() == ["prefix", "hits", rate]

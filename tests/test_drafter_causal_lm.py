@@ -11,7 +11,8 @@ import torch
 
 from doubles import prompt_of, run
 from tandem import ConfigError, DrafterMismatchError, Engine, EngineConfig, SamplingParams
-from tandem.drafters import DraftRequest
+from tandem.drafters import DraftRequest, GoesOn
+from tandem.sequence import Draft
 from tiny_engines import DEVICE, MAX_LOOKAHEAD, Engines, TinyModels
 from tiny_models import save_verifier
 
@@ -45,13 +46,14 @@ def test_guesses_are_the_draft_models_own(
     rounds: list[tuple[list[int], list[int]]] = []
     real, number = drafter.propose, 0
 
-    def propose(requests: list[DraftRequest]) -> list[list[int]]:
+    def propose(requests: list[DraftRequest], goes_on: GoesOn) -> list[Draft]:
         nonlocal number
         number += 1
         few = [DraftRequest(s, 1 + (number + s.id) % min(4, k)) for s, k in requests]
         drafts = real(few)
-        rounds.extend((list(s.token_ids), d) for (s, _), d in zip(few, drafts, strict=True))
-        return drafts if number % 3 else [[] for _ in drafts]
+        for (sequence, _), draft in zip(few, drafts, strict=True):
+            rounds.append((list(sequence.token_ids), draft.token_ids))
+        return drafts if number % 3 else [Draft([]) for _ in drafts]
 
     monkeypatch.setattr(drafter, "propose", propose)
     prompts = [prompt for prompt, _ in REQUESTS]

@@ -43,6 +43,7 @@ def commit(scheduler: Scheduler, scheduled: ScheduledSequence, drafts: int, acce
                 break
         else:
             one.num_computed += min(drafts, accepted)
+    scheduler.pool.share(one, one.num_computed)
     if one.is_finished:
         scheduler.remove(one)
     else:
@@ -56,10 +57,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 14),
         max_num_seqs=st.integers(1, 5),
         spare_tokens=st.integers(0, 10),
+        caching=st.booleans(),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, spare_tokens: int) -> None:
+    def start(self, num_blocks: int, max_num_seqs: int, spare_tokens: int, caching: bool) -> None:
         self.scheduler = Scheduler(
-            BlockPool(num_blocks, BLOCK_SIZE),
+            BlockPool(num_blocks, BLOCK_SIZE, enable_prefix_caching=caching),
             max_num_seqs,
             max_num_seqs + spare_tokens,
             MAX_MODEL_LEN,
@@ -177,6 +179,42 @@ def test_the_youngest_is_preempted_and_resumes_first() -> None:
     assert list(scheduler.waiting) == [second, third]
     assert second.num_computed == 0
     assert second.num_output_tokens == 1
+
+
+def test_a_preempted_sequence_finds_its_blocks_again() -> None:
+    """Its prompt's two blocks were free in the meantime, and nobody needed them."""
+    scheduler = Scheduler(BlockPool(5, BLOCK_SIZE), 2, 32, 24)
+    older, younger = sequence(8, 5, 0), sequence(8, 8, 0, 1)
+    younger.token_ids = list(range(8))
+    for one in (older, younger):
+        scheduler.add(one)
+    while not scheduler.num_preemptions:
+        for scheduled in scheduler.schedule():
+            commit(scheduler, scheduled, 0, 0)
+    while not older.is_finished:
+        assert list(scheduler.waiting) == [younger]
+        for scheduled in scheduler.schedule():
+            commit(scheduler, scheduled, 0, 0)
+    (scheduled,) = scheduler.schedule()
+    assert scheduled.sequence is younger
+    assert younger.num_cached_tokens == younger.num_computed == 8
+    assert scheduled.num_tokens == younger.num_tokens - 8
+
+
+def test_prompts_that_begin_alike_wait_for_the_first() -> None:
+    """Four of 20 tokens, 16 a step: what one computes, those behind it find."""
+    scheduler = Scheduler(BlockPool(64, BLOCK_SIZE), 4, 16, 64)
+    prompts = [sequence(20, number=number) for number in range(4)]
+    for one in prompts:
+        scheduler.add(one)
+    num_computed = 0
+    while any(one.num_output_tokens == 0 for one in prompts):
+        batch = scheduler.schedule()
+        num_computed += sum(s.num_tokens for s in batch if not s.sequence.num_output_tokens)
+        for scheduled in batch:
+            commit(scheduler, scheduled, 0, 0)
+    assert [one.num_cached_tokens for one in prompts] == [0, 16, 16, 16]
+    assert num_computed == 20 + 3 * 4
 
 
 def test_decoding_goes_before_a_long_prompt() -> None:

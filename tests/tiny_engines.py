@@ -36,7 +36,14 @@ class Engines:
         self._tiny = tiny
         self._loaded: dict[str, Engine] = {}
 
-    def __call__(
+    def __call__(self, name: str, **settings: Any) -> Engine:
+        """The engine that all tests with these settings share; see `make`."""
+        key = json.dumps([name, settings])
+        if key not in self._loaded:
+            self._loaded[key] = self.make(name, **settings)
+        return self._loaded[key]
+
+    def make(
         self, name: str, *, mtp: bool = False, causal_lm: str | None = None, **settings: Any
     ) -> Engine:
         """An engine with an n-gram drafter and, if asked for, other tiny ones.
@@ -45,32 +52,31 @@ class Engines:
             mtp: whether to load the verifier's assistant.
             causal_lm: the tiny verifier that drafts.
         """
-        key = json.dumps([name, mtp, causal_lm, settings])
-        if key not in self._loaded:
-            drafters: dict[str, Any] = {
-                "ngram": {"num_speculative_tokens": MAX_LOOKAHEAD, "min_ngram_size": 1}
-            }
-            if mtp:
-                assistant = str(self._tiny.assistant(name))
-                drafters["mtp"] = {"model": assistant, "num_speculative_tokens": MAX_LOOKAHEAD}
-            if causal_lm is not None:
-                model = str(self._tiny.verifier(causal_lm))
-                drafters["causal_lm"] = {"model": model, "num_speculative_tokens": MAX_LOOKAHEAD}
-            values = {
-                "verifier": str(self._tiny.verifier(name)),
-                "dtype": "float32",
-                "drafters": drafters,
-                "max_num_seqs": 8,
-                "max_num_batched_tokens": 256,
-                "max_model_len": 256,
-                "block_size": 4,
-                "kv_cache_tokens": 8192,
-                # Rounds of known length; adaptive ones are tests of their own.
-                "lookahead": "fixed",
-                **settings,
-            }
-            self._loaded[key] = Engine(EngineConfig(**values))
-        return self._loaded[key]
+        drafters: dict[str, Any] = {
+            "ngram": {"num_speculative_tokens": MAX_LOOKAHEAD, "min_ngram_size": 1}
+        }
+        if mtp:
+            assistant = str(self._tiny.assistant(name))
+            drafters["mtp"] = {"model": assistant, "num_speculative_tokens": MAX_LOOKAHEAD}
+        if causal_lm is not None:
+            model = str(self._tiny.verifier(causal_lm))
+            drafters["causal_lm"] = {"model": model, "num_speculative_tokens": MAX_LOOKAHEAD}
+        values = {
+            "verifier": str(self._tiny.verifier(name)),
+            "dtype": "float32",
+            "drafters": drafters,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 256,
+            "max_model_len": 256,
+            "block_size": 4,
+            "kv_cache_tokens": 8192,
+            # Rounds of known length; adaptive ones are tests of their own.
+            "lookahead": "fixed",
+            # What one test has run would be in the cache for all others.
+            "enable_prefix_caching": False,
+            **settings,
+        }
+        return Engine(EngineConfig(**values))
 
     def check_idle(self) -> None:
         """No engine has work or blocks in use; one that has is not used again."""

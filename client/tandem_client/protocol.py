@@ -51,6 +51,7 @@ class Options(TypedDict, total=False):
     exclude_input_in_output: bool
     drafter: str
     num_speculative_tokens: int
+    cache_salt: str
     tools: Sequence[Mapping[str, Any]]
 
 
@@ -59,8 +60,8 @@ class Chunk:
     """What one step of the server added to one sequence. The counts are this chunk's own.
 
     The first `accepted_text_length` characters of `text` are from drafts that were accepted.
-    `logprobs` and `token_ids` are there on request; `stop_reason`, `seed` and the seconds come with
-    a sequence's last chunk.
+    `logprobs` and `token_ids` are there on request; `stop_reason`, `seed`, `num_cached_tokens` (of
+    the input) and the seconds come with a sequence's last chunk.
     """
 
     text: str
@@ -77,6 +78,7 @@ class Chunk:
     is_accepted_draft: tuple[bool, ...] = ()
     logprobs: tuple[dict[str, Any], ...] = ()
     seed: int | None = None
+    num_cached_tokens: int | None = None
     time_to_first_token: float | None = None
     total_time: float | None = None
 
@@ -273,6 +275,7 @@ def _chunk(outputs: dict[str, Any]) -> Chunk:
         is_accepted_draft=tuple(outputs.get("is_accepted_draft", ())[: len(token_ids)]),
         logprobs=tuple(json.loads(outputs.get("logprobs", b"[]"))),
         seed=outputs.get("seed"),
+        num_cached_tokens=outputs.get("num_cached_tokens"),
         time_to_first_token=outputs.get("time_to_first_token"),
         total_time=outputs.get("total_time"),
         **counts,

@@ -60,13 +60,14 @@ class DrafterFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """What happened between two samples, and the load at the second."""
+    """What happened between two samples, and the load at the second; None where nothing did."""
 
     tokens_per_second: float
     steps_per_second: float
     num_running: int
     num_waiting: int
     kv_cache_usage: float
+    prefix_cache_hit_rate: float | None
     num_preemptions: int
     time_to_first_token: float | None
     drafters: dict[str, DrafterFigures] = field(default_factory=dict)
@@ -128,12 +129,14 @@ def compare(before: Sample, after: Sample) -> Figures:
         )
     first_tokens = grown("time_to_first_token_seconds_count")
     blocks = after.total("kv_cache_blocks")
+    looked_up = grown("prefix_cache_queries_total")
     return Figures(
         tokens_per_second=grown("generation_tokens_total") / seconds,
         steps_per_second=grown("engine_steps_total") / seconds,
         num_running=int(after.total("num_requests_running")),
         num_waiting=int(after.total("num_requests_waiting")),
         kv_cache_usage=after.total("kv_cache_blocks_used") / blocks if blocks else 0.0,
+        prefix_cache_hit_rate=grown("prefix_cache_hits_total") / looked_up if looked_up else None,
         num_preemptions=int(grown("num_preemptions_total")),
         time_to_first_token=grown("time_to_first_token_seconds_sum") / first_tokens
         if first_tokens
@@ -156,13 +159,14 @@ def _low_gain(sample: Sample) -> list[str]:
 def render(figures: Figures) -> RenderableType:
     """The figures for a terminal."""
     load = Table.grid(padding=(0, 2))
-    first_token = figures.time_to_first_token
+    first_token, hit_rate = figures.time_to_first_token, figures.prefix_cache_hit_rate
     for name, text in (
         ("tokens/s", f"{figures.tokens_per_second:.1f}"),
         ("steps/s", f"{figures.steps_per_second:.1f}"),
         ("running", str(figures.num_running)),
         ("waiting", str(figures.num_waiting)),
         ("KV cache", f"{figures.kv_cache_usage:.0%}"),
+        ("prefix hits", "-" if hit_rate is None else f"{hit_rate:.0%}"),
         ("preempted", str(figures.num_preemptions)),
         ("first token", "-" if first_token is None else f"{first_token * 1000:.0f} ms"),
     ):

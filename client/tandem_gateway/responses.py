@@ -19,6 +19,7 @@ class Usage:
     """Counts over all of a request's chunks."""
 
     num_input_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
+    num_cached_tokens: dict[int, int] = field(default_factory=dict)
     num_output_tokens: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -27,6 +28,10 @@ class Usage:
     def add(self, prompt: int, chunk: Chunk) -> None:
         """Counts a chunk of the answer to prompt number `prompt`."""
         self.num_input_tokens[prompt] = chunk.num_input_tokens
+        if chunk.num_cached_tokens is not None:
+            # A sequence that was preempted may have had output of its own there too.
+            cached = min(chunk.num_cached_tokens, chunk.num_input_tokens)
+            self.num_cached_tokens[prompt] = cached
         for name in (
             "num_output_tokens",
             "num_drafts",
@@ -42,6 +47,7 @@ class Usage:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "total_tokens": prompt_tokens + self.num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self.num_cached_tokens.values())},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": self.num_accepted_tokens,
                 "rejected_prediction_tokens": self.num_draft_tokens - self.num_accepted_tokens,

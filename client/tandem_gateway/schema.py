@@ -66,6 +66,7 @@ class Request(BaseModel, ABC):
     structured_outputs: dict[str, Any] | None = None
     drafter: str | None = None
     num_speculative_tokens: int | None = None
+    cache_salt: str | None = None
 
     # Taken, without effect.
     user: str | None = None

@@ -10,8 +10,8 @@ from collections.abc import Sequence as Items
 
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import EngineConfig
-from tandem.errors import InvalidRequestError
+from tandem.config import NO_DRAFTER, EngineConfig
+from tandem.errors import InvalidRequestError, shorten
 from tandem.grammar import GrammarCompiler
 from tandem.params import SamplingParams
 from tandem.sequence import Sequence
@@ -32,6 +32,7 @@ class Admission:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._config = config
         self._lookaheads = config.max_lookaheads
         # Who gets the requests that name no drafter, and how many of them.
         self._weights = dict(config.drafter_weights) or {config.drafter_name: 1.0}
@@ -44,6 +45,7 @@ class Admission:
         params: SamplingParams,
         drafter: str | None,
         num_speculative_tokens: int | None,
+        cache_salt: str,
     ) -> Sequence:
         """See `Engine.make_sequence`."""
         if drafter is None:
@@ -68,7 +70,18 @@ class Admission:
             bad_words=self._bad_words(params),
             output_text=self._output_text(params),
             grammar=self._grammars.compile(params.guide) if params.guide else None,
+            prefix_keys=[self._namespace(drafter if max_lookahead else NO_DRAFTER, cache_salt)],
         )
+
+    def _namespace(self, drafter: str, cache_salt: str) -> bytes:
+        """What requests must have in common to share K/V.
+
+        A draft model's K/V lie under the same block table as the verifier's. Blocks of requests
+        that it doesn't draft for lack them, so its requests share with each other alone.
+        """
+        if not isinstance(cache_salt, str):
+            raise InvalidRequestError(f"cache_salt must be a string, got {shorten(cache_salt)}")
+        return repr((self._config.draft_model(drafter), cache_salt)).encode()
 
     def _output_text(self, params: SamplingParams) -> OutputText | None:
         if not params.stop:

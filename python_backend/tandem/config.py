@@ -101,6 +101,7 @@ class EngineConfig:
             4096, when not given.
         max_num_batched_tokens: tokens of one verifier pass; longer prompts are prefilled in chunks.
         block_size: tokens in one block of the KV cache.
+        enable_prefix_caching: whether requests that begin alike share the K/V of their beginning.
         kv_cache_tokens: size of the KV cache in tokens. When not given: on CUDA what
             `gpu_memory_utilization` leaves after the weights and a trial pass; on a CPU enough for
             `max_num_seqs` sequences of `max_model_len`, up to a quarter of the free memory.
@@ -121,6 +122,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_batched_tokens: int = 512
     block_size: int = 16
+    enable_prefix_caching: bool = True
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     lookahead: str = "adaptive"
@@ -143,6 +145,11 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_tokens"):
             if getattr(self, name) is not None:
                 _check_int(where, name, getattr(self, name), 2)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(
+                f"{where}: enable_prefix_caching must be true or false, "
+                f"got {self.enable_prefix_caching!r}"
+            )
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(
@@ -215,6 +222,13 @@ class EngineConfig:
             values = {"type": name, **settings, "name": name}
             parsed[name] = _from_mapping(DrafterConfig, values, f"drafters.{name}")
         return parsed
+
+    def draft_model(self, drafter: str) -> str | None:
+        """The `causal_lm` drafter in a drafter's name, by itself or joined, if there is one."""
+        for name in drafter.split("+"):
+            if name in self.drafter_configs and self.drafter_configs[name].type == "causal_lm":
+                return name
+        return None
 
     @property
     def drafter_name(self) -> str:

@@ -63,7 +63,11 @@ class Engine:
         self.verifier = Verifier(loaded.model, loaded.cache)
         self.drafters: dict[str, Drafter] = load_drafters(config, loaded)
         self.scheduler = Scheduler(
-            BlockPool(loaded.cache.num_blocks, config.block_size),
+            BlockPool(
+                loaded.cache.num_blocks,
+                config.block_size,
+                enable_prefix_caching=config.enable_prefix_caching,
+            ),
             config.max_num_seqs,
             config.max_num_batched_tokens,
             loaded.max_model_len,
@@ -117,6 +121,7 @@ class Engine:
         *,
         drafter: str | None = None,
         num_speculative_tokens: int | None = None,
+        cache_salt: str = "",
     ) -> Sequence:
         """Checks one request and tokenizes its prompt; nothing is queued yet.
 
@@ -126,12 +131,13 @@ class Engine:
             drafter: a configured name, or "none"; the configured default when not given.
             num_speculative_tokens: draft tokens a step at most, up to the drafter's own limit;
                 0 switches speculation off.
+            cache_salt: only requests with the same one share K/V in the prefix cache.
 
         Raises:
             InvalidRequestError: naming the argument and what is allowed.
         """
         return self._admission.make_sequence(
-            prompt, params or SamplingParams(), drafter, num_speculative_tokens
+            prompt, params or SamplingParams(), drafter, num_speculative_tokens, cache_salt
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -193,13 +199,21 @@ class Engine:
             batch = self.scheduler.schedule()
         now = time.monotonic()
         for scheduled in batch:
-            scheduled.sequence.started_at = scheduled.sequence.started_at or now
+            self._note_start(scheduled.sequence, now)
             grammar = scheduled.sequence.grammar
             if scheduled.num_draft_tokens > 0 and grammar is not None:
                 scheduled.draft = Draft(grammar.forced()).first(scheduled.num_draft_tokens)
                 scheduled.is_forced = bool(scheduled.draft.token_ids)
         self.lookahead.plan(batch)
         return batch
+
+    def _note_start(self, sequence: Sequence, now: float) -> None:
+        if sequence.started_at is not None:
+            return
+        sequence.started_at = now
+        if self.config.enable_prefix_caching:
+            self.stats.num_prefix_cache_queries += sequence.num_tokens
+            self.stats.num_prefix_cache_hits += sequence.num_cached_tokens
 
     def draft(self, batch: list[ScheduledSequence]) -> None:
         """Lets each drafter guess for its sequences; a grammar that forces tokens needs none."""
@@ -295,6 +309,7 @@ class Engine:
             row += scheduled.num_rows
         with self._lock:
             for scheduled in batch:
+                self._share(scheduled.sequence)
                 if scheduled.sequence.is_finished:
                     self._release(scheduled.sequence)
                 else:
@@ -345,6 +360,16 @@ class Engine:
         if rejected and drafter.vocabulary is not None:
             right = verdict.token_ids[num_accepted]
             stats.num_outside_vocabulary += right not in drafter.vocabulary
+
+    def _share(self, sequence: Sequence) -> None:
+        """Lets later requests use what is committed, but not what gave no numbers."""
+        if isinstance(sequence.error, VerifierOutputError):
+            self.scheduler.pool.withdraw(sequence)
+            return
+        # A sequence that is never drafted for needs nothing of its drafter.
+        drafter = self.drafters.get(sequence.drafter) if sequence.max_lookahead else None
+        num_tokens = sequence.num_computed if drafter is None else drafter.num_cached(sequence)
+        self.scheduler.pool.share(sequence, num_tokens)
 
     def _release(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

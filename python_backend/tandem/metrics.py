@@ -90,6 +90,9 @@ class EngineStats:
     num_scheduled_sequences: int = 0  # in all steps
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    # Prompt tokens that were looked for in the prefix cache, and that were there.
+    num_prefix_cache_queries: int = 0
+    num_prefix_cache_hits: int = 0
     # Seconds of the phases of recent steps, for whoever takes them away.
     phases: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_MAX_PHASES))
 

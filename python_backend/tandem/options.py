@@ -39,6 +39,7 @@ _OWN = {
     "n": "int",
     "drafter": "str",
     "num_speculative_tokens": "int",
+    "cache_salt": "str",
     "stream": "bool",
     "exclude_input_in_output": "bool",
     "return_logprobs": "bool",
@@ -115,7 +116,7 @@ class RequestOptions:
     Attributes:
         params: how tokens are chosen.
         n: how many sequences to generate; sequence i has the seed `seed + i`.
-        drafter, num_speculative_tokens: as in `Engine.make_sequence`.
+        drafter, num_speculative_tokens, cache_salt: as in `Engine.make_sequence`.
         stream: whether each step's text is sent at once.
         exclude_input_in_output: whether the prompt is left out of the text.
         return_logprobs, return_token_ids, return_perf_metrics: what to send along.
@@ -126,6 +127,7 @@ class RequestOptions:
     n: int = 1
     drafter: str | None = None
     num_speculative_tokens: int | None = None
+    cache_salt: str = ""
     stream: bool = False
     exclude_input_in_output: bool = True
     return_logprobs: bool = False

@@ -60,6 +60,7 @@ class RequestOutput:
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
+    num_cached_tokens: int
 
     @classmethod
     def of(
@@ -82,6 +83,7 @@ class RequestOutput:
             num_drafts=sequence.num_drafts,
             num_draft_tokens=sequence.num_draft_tokens,
             num_accepted_tokens=sequence.num_accepted_tokens,
+            num_cached_tokens=sequence.num_cached_tokens,
         )
 
     @property

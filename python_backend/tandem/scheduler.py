@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from itertools import chain
 
 from tandem.block_pool import BlockPool
 from tandem.lookahead import draft_limit
@@ -50,12 +52,11 @@ class Scheduler:
         batch = self._schedule_decoding()
         self._add_drafts(batch)
         budget = self.max_num_batched_tokens - sum(s.num_tokens + s.num_draft_tokens for s in batch)
-        # The blocks of a whole prompt are given at admission.
-        for sequence in [s for s in self.running if not s.is_decoding] + self._admit():
+        prompts = chain([s for s in self.running if not s.is_decoding], self._admit())
+        while budget > 0 and (sequence := next(prompts, None)) is not None:
             num_tokens = min(sequence.num_uncomputed, budget)
-            if num_tokens > 0:
-                batch.append(ScheduledSequence(sequence, num_tokens, 0))
-                budget -= num_tokens
+            batch.append(ScheduledSequence(sequence, num_tokens, 0))
+            budget -= num_tokens
         return batch
 
     def _schedule_decoding(self) -> list[ScheduledSequence]:
@@ -80,14 +81,20 @@ class Scheduler:
                 scheduled.num_draft_tokens = num_drafts
                 budget -= num_drafts
 
-    def _admit(self) -> list[Sequence]:
-        admitted = []
+    def _admit(self) -> Iterator[Sequence]:
+        """Admits the next one when it is asked for, with all the blocks that its tokens fill.
+
+        Not before there are tokens to give it: until then others may compute what it begins with.
+        """
         while self.waiting and len(self.running) < self.max_num_seqs:
-            if not self.pool.grow(self.waiting[0], self.waiting[0].num_tokens):
-                break
-            admitted.append(self.waiting.popleft())
-            self.running.append(admitted[-1])
-        return admitted
+            sequence = self.waiting[0]
+            num_cached_tokens = self.pool.reuse(sequence)
+            if not self.pool.grow(sequence, sequence.num_tokens):
+                self.pool.shrink(sequence, 0)
+                return
+            sequence.num_computed = sequence.num_cached_tokens = num_cached_tokens
+            self.running.append(self.waiting.popleft())
+            yield sequence
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -29,11 +29,15 @@ class Sequence:
     `fixed_lookahead`.
 
     `token_ids` holds prompt and output. The K/V of the first `num_computed` tokens are in the
-    cache and committed; while the sequence decodes, exactly one token is left to compute.
+    cache and committed; while the sequence decodes, exactly one token is left to compute. Of
+    these, `num_cached_tokens` were in the cache when the sequence was last admitted.
 
     `bad_words` are those of `params` as tokens. `output_text` is there when stop strings have to be
     looked for, `grammar` when the text has to match a guide. `stop_reason` is the stop string or
     stop token that ended the text; `started_at` (`time.monotonic`) is when it was first scheduled.
+    `prefix_keys` begins with that of the empty prefix: sequences share K/V only where it is the
+    same. The block pool adds one for each full block, and has offered the first
+    `num_shared_blocks` of the table to others.
     """
 
     id: int
@@ -49,7 +53,10 @@ class Sequence:
     grammar: Grammar | None = None
     started_at: float | None = None
     num_computed: int = 0
+    num_cached_tokens: int = 0
+    prefix_keys: list[bytes] = field(default_factory=lambda: [b""])
     block_table: list[int] = field(default_factory=list)
+    num_shared_blocks: int = 0
     cancellation: TandemError | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None

@@ -46,9 +46,13 @@ class Settings:
         return SamplingParams(max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True)
 
     def engine_config(self, **changes: Any) -> EngineConfig:
-        """The configuration, with room for the highest concurrency."""
+        """The configuration, with room for the highest concurrency.
+
+        Prefixes are not cached, as prompts repeat.
+        """
         config = EngineConfig.from_json(self.config)
-        return dataclasses.replace(config, **{"max_num_seqs": max(self.concurrencies), **changes})
+        values = {"max_num_seqs": max(self.concurrencies), "enable_prefix_caching": False}
+        return dataclasses.replace(config, **values | changes)
 
     def prompts(self) -> list[list[int]]:
         """The prompts as tokens; every engine that is compared gets these."""

@@ -93,6 +93,7 @@ def write_repository(directory: Path, settings: Settings) -> Path:
     values["verifier"] = config.verifier
     values["drafters"] = config.drafters
     values["max_num_seqs"] = config.max_num_seqs
+    values["enable_prefix_caching"] = config.enable_prefix_caching
     (model / "1" / "model.json").write_text(json.dumps(values), encoding="utf-8")
     return directory / "repository"
 

@@ -150,6 +150,8 @@ def evaluate(
             drafters={DRAFTER: drafter},
             max_num_seqs=1,
             lookahead="fixed",
+            # Both ways get the same prompts, one after the other.
+            enable_prefix_caching=False,
         )
     )
     lookahead = engine.config.drafter_configs[DRAFTER].num_speculative_tokens

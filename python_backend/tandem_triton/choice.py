@@ -116,9 +116,10 @@ class Choice:
         """TensorRT-LLM's figures; its clock is a steady one too."""
         sequence = self._sequence
         num_blocks = -(-sequence.num_tokens // self._block_size)
+        num_reused = sequence.num_cached_tokens // self._block_size
         return {
-            "kv_cache_alloc_new_blocks": num_blocks,
-            "kv_cache_reused_blocks": 0,
+            "kv_cache_alloc_new_blocks": num_blocks - num_reused,
+            "kv_cache_reused_blocks": num_reused,
             "kv_cache_alloc_total_blocks": num_blocks,
             "arrival_time_ns": _nanoseconds(self._admitted_at),
             "first_scheduled_time_ns": _nanoseconds(sequence.started_at),
@@ -132,6 +133,7 @@ class Choice:
         return {
             "stop_reason": "" if sequence.stop_reason is None else str(sequence.stop_reason),
             "seed": sequence.seed,
+            "num_cached_tokens": sequence.num_cached_tokens,
             "acceptance_rate": sequence.num_accepted_tokens / max(1, sequence.num_draft_tokens),
             "total_draft_tokens": sequence.num_draft_tokens,
             "total_accepted_draft_tokens": sequence.num_accepted_tokens,

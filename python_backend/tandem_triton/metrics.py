@@ -22,6 +22,8 @@ _DESCRIPTIONS = {
     "prompt_tokens_total": "Prompt tokens of accepted requests",
     "generation_tokens_total": "Generated tokens",
     "num_preemptions_total": "Sequences freed and computed again because blocks ran out",
+    "prefix_cache_queries_total": "Prompt tokens that were looked for in the prefix cache",
+    "prefix_cache_hits_total": "Prompt tokens that the prefix cache had",
     "request_success_total": "Sequences that were generated to their end",
     "request_failure_total": "Requests that ended with an error",
     "num_requests_running": "Sequences in the continuous batch",
@@ -116,6 +118,8 @@ class MetricsExporter:
         self._show("engine_steps_total", stats.num_steps)
         self._show("prompt_tokens_total", stats.num_prompt_tokens)
         self._show("generation_tokens_total", stats.num_generation_tokens)
+        self._show("prefix_cache_queries_total", stats.num_prefix_cache_queries)
+        self._show("prefix_cache_hits_total", stats.num_prefix_cache_hits)
         self._show("num_preemptions_total", load.num_preemptions)
         if self._engine.config.synthetic_acceptance_rates:
             self._show("synthetic_acceptance", 1)

@@ -62,6 +62,7 @@ class Request:
                 params,
                 drafter=drafter,
                 num_speculative_tokens=options.num_speculative_tokens,
+                cache_salt=options.cache_salt,
             )
             if options.n > 1 and not self._choices:  # the seed that was drawn is that of the first
                 params = dataclasses.replace(params, seed=sequence.seed)

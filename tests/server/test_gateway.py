@@ -133,6 +133,17 @@ def test_a_streamed_completion(client: OpenAI, engine: Engine) -> None:
         assert 0 <= chunk.choices[0].accepted_text_length <= len(chunk.choices[0].text)
 
 
+def test_usage_says_how_much_of_the_prompt_was_cached(client: OpenAI) -> None:
+    prompts = ["a question that the gateway is asked", "and another, as long as the first is"]
+    for cached, salt in ((0, "mine"), (2 * 32, "mine"), (0, "yours")):
+        answer = client.completions.create(
+            model="tandem", prompt=prompts, extra_body={"cache_salt": salt}, **OPTIONS
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        assert answer.usage.prompt_tokens_details.cached_tokens == cached
+
+
 def test_several_prompts_and_sequences(client: OpenAI, engine: Engine) -> None:
     """Choice n * i + j is sequence j of prompt i, whose seed is `seed + j`."""
     prompts = ["abc", "xyz"]

@@ -318,9 +318,10 @@ def test_the_outputs_agree_with_each_other(
 
 def test_times_and_blocks_on_request(server: TritonServer) -> None:
     names = [name for name in declared("output") if name.endswith("_time_ns")]
-    (response,) = ask(server, **COMMON)
+    values = {**COMMON, "text_input": 4 * PROMPT}
+    (response,) = ask(server, **values)
     assert not set(names) & set(response)
-    *others, response = ask(server, return_perf_metrics=True, stream=True, **COMMON)
+    *others, response = ask(server, return_perf_metrics=True, stream=True, **values)
     assert others
     assert all(set(names) <= set(other) for other in others)
     times = [response[name][0][0] for name in names]
@@ -329,7 +330,25 @@ def test_times_and_blocks_on_request(server: TritonServer) -> None:
     num_tokens = response["num_input_tokens"][0]
     num_tokens += sum(each["num_output_tokens"][0] for each in (*others, response))
     assert response["kv_cache_alloc_total_blocks"] == [[-(-num_tokens // 16)]]
-    assert response["kv_cache_reused_blocks"] == [[0]]
+    # The same prompt has been asked before.
+    num_reused = (response["num_input_tokens"][0] - 1) // 16
+    assert response["kv_cache_reused_blocks"] == [[num_reused]]
+    assert response["num_cached_tokens"] == [16 * num_reused]
+    (total,) = response["kv_cache_alloc_total_blocks"][0]
+    assert response["kv_cache_alloc_new_blocks"] == [[total - num_reused]]
+
+
+def test_the_prefix_cache_is_counted_and_kept_apart_by_salt(server: TritonServer) -> None:
+    values = {**COMMON, "text_input": "a prefix that nobody else has, in 52 characters ...."}
+    names = ("prefix_cache_queries_total", "prefix_cache_hits_total")
+    before = [metric(server, name) for name in names]
+    found = [
+        ask(server, sampling_parameters=json.dumps(salt), **values)[0]["num_cached_tokens"]
+        for salt in ({}, {"cache_salt": "mine"}, {"cache_salt": "mine"}, {})
+    ]
+    assert found == [[0], [0], [48], [48]]
+    expected = [before[0] + 4 * 52, before[1] + 2 * 48]
+    wait_until(lambda: [metric(server, name) for name in names] == expected)
 
 
 def test_logprobs_by_their_other_names(server: TritonServer) -> None:

@@ -57,5 +57,9 @@ class Drafter(ABC):
     def observe(self, sequence: Sequence, hidden: Tensor) -> None:  # noqa: B027
         """Takes the verifier's hidden state `[hidden_size]` that predicted the last token."""
 
+    def num_cached(self, sequence: Sequence) -> int:
+        """Committed tokens whose K/V are complete: the verifier's, and what the drafter has."""
+        return sequence.num_computed
+
     def forget(self, sequence: Sequence) -> None:  # noqa: B027
         """Drops what is kept about a sequence that has ended."""

@@ -33,7 +33,8 @@ class CausalLMDrafter(Drafter):
 
     Its K/V lie in a cache of the verifier's geometry, so a sequence's block table serves both. How
     many of a sequence's positions are valid is one number, which `observe` lowers to what was
-    committed: that is the whole rollback.
+    committed: that is the whole rollback. It begins with what the prefix cache had: blocks are
+    shared only among sequences that this drafter drafts for, and only up to `num_cached`.
     """
 
     def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
@@ -46,7 +47,7 @@ class CausalLMDrafter(Drafter):
         parts = []
         for scheduled in batch:
             sequence = scheduled.sequence
-            start = self._start(sequence)
+            start = self.num_cached(sequence)
             stop = sequence.num_computed + scheduled.num_tokens
             if start < stop:
                 parts.append(_Part(sequence, start, sequence.token_ids[start:stop]))
@@ -63,7 +64,7 @@ class CausalLMDrafter(Drafter):
                 break
             parts, draws = [], []
             for index, sequence in zip(live, sequences, strict=True):
-                start = self._start(sequence) if step == 0 else sequence.num_tokens + step - 1
+                start = self.num_cached(sequence) if step == 0 else sequence.num_tokens + step - 1
                 known = sequence.token_ids + drafts[index].token_ids
                 parts.append(_Part(sequence, start, known[start:]))
                 draws.append(Draw(sequence.params, sequence.seed, sequence.num_tokens + step))
@@ -77,15 +78,17 @@ class CausalLMDrafter(Drafter):
 
     def observe(self, sequence: Sequence, hidden: Tensor) -> None:
         """Gives up what was computed for drafts that have been rejected."""
-        self._num_valid[sequence.id] = self._start(sequence)
+        self._num_valid[sequence.id] = self.num_cached(sequence)
+
+    def num_cached(self, sequence: Sequence) -> int:
+        """Committed tokens of which the verifier and this model have the K/V."""
+        num_valid = max(self._num_valid.get(sequence.id, 0), sequence.num_cached_tokens)
+        # After a preemption the verifier starts anew, and so does the drafter.
+        return min(num_valid, sequence.num_computed)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops the sequence's length."""
         self._num_valid.pop(sequence.id, None)
-
-    def _start(self, sequence: Sequence) -> int:
-        # After a preemption the verifier starts anew, and so does the drafter.
-        return min(self._num_valid.get(sequence.id, 0), sequence.num_computed)
 
     def _forward(self, parts: Items[_Part]) -> Tensor:
         """Logits behind the last token of each part, `[len(parts), vocab_size]`."""

@@ -52,6 +52,10 @@ class CombinedDrafter(Drafter):
         """The model may start from the verifier's state."""
         self._model.observe(sequence, hidden)
 
+    def num_cached(self, sequence: Sequence) -> int:
+        """The model's; lookup keeps no K/V."""
+        return self._model.num_cached(sequence)
+
     def forget(self, sequence: Sequence) -> None:
         """Drops what either keeps."""
         self._ngram.forget(sequence)

@@ -13,13 +13,14 @@ from tandem_bench.worker import Handler, serve
 
 
 def load() -> tuple[Handler, dict[str, Any]]:
-    """Loads the engine that a `model.json` describes."""
+    """Loads the engine of a `model.json`; prefixes are not cached, as prompts repeat."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--max-num-seqs", type=int, required=True)
     arguments = parser.parse_args()
     config = EngineConfig.from_json(arguments.config)
-    engine = Engine(dataclasses.replace(config, max_num_seqs=arguments.max_num_seqs))
+    changes = {"max_num_seqs": arguments.max_num_seqs, "enable_prefix_caching": False}
+    engine = Engine(dataclasses.replace(config, **changes))
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         params = SamplingParams(max_tokens=request["max_tokens"], temperature=0.0, ignore_eos=True)
