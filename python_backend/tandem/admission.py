@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import random
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
+from threading import Lock
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +16,23 @@ from tandem.grammar import GrammarCompiler
 from tandem.params import SamplingParams
 from tandem.sequence import Sequence
 from tandem.text import OutputText
+
+
+class _Split:
+    """Deals requests out by weight, each to the drafter that is furthest behind its share."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        total = sum(weights.values())
+        self._shares = {name: weight / total for name, weight in weights.items() if weight > 0}
+        self._counts = dict.fromkeys(self._shares, 0)
+        self._lock = Lock()
+
+    def next(self) -> str:
+        with self._lock:
+            due = sum(self._counts.values()) + 1
+            name = max(self._shares, key=lambda n: due * self._shares[n] - self._counts[n])
+            self._counts[name] += 1
+            return name
 
 
 class Admission:
@@ -34,8 +51,8 @@ class Admission:
         self._max_model_len = max_model_len
         self._config = config
         self._lookaheads = config.max_lookaheads
-        # Who gets the requests that name no drafter, and how many of them.
-        self._weights = dict(config.drafter_weights) or {config.drafter_name: 1.0}
+        # Who gets the requests that name no drafter.
+        self._split = _Split(config.drafter_weights or {config.drafter_name: 1.0})
         self._grammars = GrammarCompiler(tokenizer, vocab_size, sorted(eos_token_ids))
         self._ids = itertools.count()
 
@@ -49,7 +66,7 @@ class Admission:
     ) -> Sequence:
         """See `Engine.make_sequence`."""
         if drafter is None:
-            (drafter,) = random.choices([*self._weights], [*self._weights.values()])
+            drafter = self._split.next()
         max_lookahead = self._lookahead(drafter, num_speculative_tokens)
         token_ids = self._token_ids(prompt)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)

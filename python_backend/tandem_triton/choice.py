@@ -101,7 +101,11 @@ class Choice:
         assert sequence.finish_reason is not None
         assert sequence.started_at is not None
         assert self._first_token_at is not None
-        metrics.count("request_success_total", finished_reason=sequence.finish_reason.value)
+        metrics.count(
+            "request_success_total",
+            finished_reason=sequence.finish_reason.value,
+            drafter=sequence.drafter,
+        )
         for name, start, end in (
             ("request_queue_time_seconds", self._admitted_at, sequence.started_at),
             ("time_to_first_token_seconds", self._admitted_at, self._first_token_at),
