@@ -188,6 +188,20 @@ def test_a_fixed_lookahead_is_left_as_it_is() -> None:
     assert scheduled.num_draft_tokens == 3
 
 
+@pytest.mark.parametrize("slowdown", [1.5, 2.0, 4.0])
+def test_a_prompt_slows_decoding_as_far_as_is_allowed(slowdown: float) -> None:
+    model = CostModel(costs("model"))
+    lookahead = AdaptiveLookahead(model, slowdown)
+    assert lookahead.max_prompt_tokens(0) is None
+    for num_decoding in (1, 8, 32):
+        alone = model.verify(num_decoding, num_decoding)
+        tokens = lookahead.max_prompt_tokens(num_decoding)
+        assert tokens is not None
+        with_prompt = model.verify(num_decoding, num_decoding, tokens)
+        assert with_prompt <= slowdown * alone
+        assert with_prompt == pytest.approx(slowdown * alone, rel=0.05)
+
+
 def test_confidences_are_translated_into_what_they_were_worth() -> None:
     """A drafter that says 0.9 and is right every third time is believed a third."""
     lookahead = AdaptiveLookahead(CostModel(costs("model")))

@@ -235,6 +235,23 @@ def test_decoding_goes_before_a_long_prompt() -> None:
     assert chunks == [4, 4, 4, 4, 4]
 
 
+def test_a_prompt_gets_less_while_others_decode() -> None:
+    """As few tokens as the caller says; alone it gets the whole budget."""
+    scheduler = Scheduler(BlockPool(20, BLOCK_SIZE), 4, 8, 64)
+    first, second = sequence(6, 2), sequence(20, 8, 0, 1)
+    scheduler.add(first)
+    chunks = []
+    for number in range(8):
+        if number == 1:
+            scheduler.add(second)
+        batch = scheduler.schedule(max_prompt_tokens=3)
+        chunks.append([one.num_tokens for one in batch])
+        for scheduled in batch:
+            commit(scheduler, scheduled, 0, 0)
+    # `first` is computed, decodes its second and last token, and leaves `second` alone.
+    assert chunks[:4] == [[6], [1, 3], [8], [8]]
+
+
 def test_decoding_sequences_each_keep_a_token_of_the_budget() -> None:
     """Drafts of the first never push the last one out of the step."""
     scheduler = Scheduler(BlockPool(40, BLOCK_SIZE), 4, 6, 64)

@@ -100,6 +100,8 @@ class EngineConfig:
         max_model_len: prompt and output tokens of one sequence; the model's own limit, at most
             4096, when not given.
         max_num_batched_tokens: tokens of one verifier pass; longer prompts are prefilled in chunks.
+        max_prefill_slowdown: how many times as long a step may take because a prompt is computed
+            beside sequences that decode, by the costs that an adaptive lookahead measures.
         block_size: tokens in one block of the KV cache.
         enable_prefix_caching: whether requests that begin alike share the K/V of their beginning.
         kv_cache_tokens: size of the KV cache in tokens. When not given: on CUDA what
@@ -121,6 +123,7 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_model_len: int | None = None
     max_num_batched_tokens: int = 512
+    max_prefill_slowdown: float = 2.0
     block_size: int = 16
     enable_prefix_caching: bool = True
     kv_cache_tokens: int | None = None
@@ -149,6 +152,11 @@ class EngineConfig:
             raise ConfigError(
                 f"{where}: enable_prefix_caching must be true or false, "
                 f"got {self.enable_prefix_caching!r}"
+            )
+        slowdown = self.max_prefill_slowdown
+        if not isinstance(slowdown, (int, float)) or not 1 < slowdown < math.inf:
+            raise ConfigError(
+                f"{where}: max_prefill_slowdown must be a number above 1, got {slowdown!r}"
             )
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or not 0 < share <= 1:

@@ -102,7 +102,8 @@ class Engine:
         if self.config.lookahead == "fixed" or not self.drafters:
             return Lookahead()
         calibration = Calibration(self.verifier, self.drafters, self.scheduler, self.accept)
-        return AdaptiveLookahead(CostModel(calibrate(self.config, calibration)))
+        costs = CostModel(calibrate(self.config, calibration))
+        return AdaptiveLookahead(costs, self.config.max_prefill_slowdown)
 
     def diagnose(self, drafter: str, stats: DrafterStats, batch_size: float = 1.0) -> list[Finding]:
         """What keeps a drafter from paying; see `tandem.diagnosis.diagnose`."""
@@ -196,7 +197,8 @@ class Engine:
     def schedule(self) -> list[ScheduledSequence]:
         """Chooses who runs, with how many tokens and how many drafts at most."""
         with self._lock:
-            batch = self.scheduler.schedule()
+            num_decoding = sum(s.is_decoding for s in self.scheduler.running)
+            batch = self.scheduler.schedule(self.lookahead.max_prompt_tokens(num_decoding))
         now = time.monotonic()
         for scheduled in batch:
             self._note_start(scheduled.sequence, now)

@@ -54,6 +54,10 @@ class Lookahead:
 
     costs: CostModel | None = None
 
+    def max_prompt_tokens(self, num_decoding: int) -> int | None:
+        """Tokens of prompts that may join a pass of so many decoding sequences; None for any."""
+        return None
+
     def plan(self, batch: Items[ScheduledSequence]) -> None:
         """Lowers `num_draft_tokens` to 0 where drafting isn't worth its time."""
 
@@ -105,8 +109,14 @@ class AdaptiveLookahead(Lookahead):
 
     costs: CostModel
 
-    def __init__(self, costs: CostModel) -> None:
+    def __init__(self, costs: CostModel, max_prefill_slowdown: float = 2.0) -> None:
+        """Starts with what was measured.
+
+        Args:
+            max_prefill_slowdown: how many times as long a step may take for the sake of prompts.
+        """
         self.costs = costs
+        self._max_prefill_slowdown = max_prefill_slowdown
         self.estimates = Estimates()
         self._advantage = _Advantage()
         self._plan = _Plan(1, 1, frozenset())
@@ -117,6 +127,15 @@ class AdaptiveLookahead(Lookahead):
         self._probed: set[int] = set()
 
     # --- before drafting
+
+    def max_prompt_tokens(self, num_decoding: int) -> int | None:
+        """See `Lookahead.max_prompt_tokens`."""
+        if num_decoding == 0:
+            return None
+        alone = self.costs.verify(num_decoding, num_decoding) + self.costs.rest
+        token = self.costs.verify(num_decoding, num_decoding, 1) + self.costs.rest - alone
+        spare = (self._max_prefill_slowdown - 1) * alone
+        return None if token <= 0 else max(1, int(spare / token))
 
     def plan(self, batch: Items[ScheduledSequence]) -> None:
         """See `Lookahead.plan`."""

@@ -47,11 +47,17 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.pool.shrink(sequence, 0)
 
-    def schedule(self) -> list[ScheduledSequence]:
-        """Chooses the sequences of the next step and gives them the blocks that they need."""
+    def schedule(self, max_prompt_tokens: int | None = None) -> list[ScheduledSequence]:
+        """Chooses the sequences of the next step and gives them the blocks that they need.
+
+        Args:
+            max_prompt_tokens: tokens of prompts in a step that others decode in, at most.
+        """
         batch = self._schedule_decoding()
         self._add_drafts(batch)
         budget = self.max_num_batched_tokens - sum(s.num_tokens + s.num_draft_tokens for s in batch)
+        if batch and max_prompt_tokens is not None:
+            budget = min(budget, max_prompt_tokens)
         prompts = chain([s for s in self.running if not s.is_decoding], self._admit())
         while budget > 0 and (sequence := next(prompts, None)) is not None:
             num_tokens = min(sequence.num_uncomputed, budget)
