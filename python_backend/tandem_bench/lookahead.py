@@ -31,7 +31,7 @@ MAX_LOOKAHEAD = 8
 ADAPTIVE = "adaptive"
 TEMPERATURES = (0.3, 0.7, 1.0, 1.3)
 # Batches of requests that follow one another, by concurrency: few requests take longer.
-_WAVES = {1: 5, 4: 4, 8: 3, 16: 2, 32: 1.5}
+_WAVES = {1: 5, 4: 3, 8: 2.5, 16: 2, 32: 1.5}
 _COPIES = 3
 _RANDOM_TOKENS = 48
 
