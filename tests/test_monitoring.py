@@ -91,7 +91,7 @@ FIRING: dict[str, tuple[dict[str, str], str]] = {
     ),
     "TandemKVCacheFull": (
         {
-            f"tandem:kv_cache_blocks_used{{{OF_MODEL}}}": "97x20",
+            f"tandem:kv_cache_blocks_used{{{OF_MODEL}}}": "95 100x20",
             f"tandem:kv_cache_blocks{{{OF_MODEL}}}": "100x20",
         },
         "10m",

@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
     drain: Callable[[], None]
     timeout = 5.0
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """One question."""
         if self.path in self.checks:
             reason = self.checks[self.path]()

@@ -21,6 +21,7 @@ from triton_runtime import ROOT
 from triton_server import TritonServer
 
 ENVOY_CONFIG = ROOT / "deploy/base/envoy/envoy.yaml"
+ENVOY = ROOT / ".venv/bin/envoy"
 SERVER = ROOT / "deploy/base/server.yaml"
 # Of a pod's grace period, what is left to Triton when the hook is done.
 _EXIT_SECONDS = 60
@@ -146,8 +147,7 @@ class Envoy:
     def __enter__(self) -> Envoy:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(ROOT / ".venv/bin/envoy"), "-c", str(self._config), "--concurrency", "1"]
-                + ["--use-dynamic-base-id"],
+                [str(ENVOY), "-c", str(self._config), "--concurrency=1", "--use-dynamic-base-id"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

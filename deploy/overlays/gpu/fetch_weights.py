@@ -19,10 +19,10 @@ def main() -> None:
     """Downloads each model that isn't complete; one pod at a time."""
     home = Path(os.environ["HF_HOME"])
     config = json.loads(MODEL_JSON.read_text(encoding="utf-8"))
-    models = [config["verifier"], *(d["model"] for d in config["drafters"].values() if "model" in d)]
+    drafters = [d["model"] for d in config["drafters"].values() if "model" in d]
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for model in models:
+        for model in (config["verifier"], *drafters):
             complete = home / f"{model.replace('/', '--')}.complete"
             if not complete.exists():
                 print(f"downloading {model}", flush=True)
