@@ -23,6 +23,8 @@ from triton_server import TritonServer
 ENVOY_CONFIG = ROOT / "deploy/base/envoy/envoy.yaml"
 ENVOY = ROOT / ".venv/bin/envoy"
 SERVER = ROOT / "deploy/base/server.yaml"
+# So that several can run on one machine.
+_ALONE = ("--use-dynamic-base-id",)
 # Of a pod's grace period, what is left to Triton when the hook is done.
 _EXIT_SECONDS = 60
 
@@ -147,7 +149,7 @@ class Envoy:
     def __enter__(self) -> Envoy:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(ENVOY), "-c", str(self._config), "--concurrency=1", "--use-dynamic-base-id"],
+                [str(ENVOY), "-c", str(self._config), "--concurrency", "1", *_ALONE],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
