@@ -58,6 +58,29 @@ class Study:
         return 1 / mean
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A request that stands alone: when it comes, in seconds, and its tokens."""
+
+    at: float
+    num_prompt: int
+    num_output: int
+
+
+def made_up_arrivals(workload: Workload, rate: float, seconds: float) -> list[Arrival]:
+    """Requests of one load, as they may come; always the same."""
+    rng, now, arrivals = random.Random(0), 0.0, []
+    while (now := now + rng.expovariate(rate)) < seconds:
+        prompt = _length(rng, workload.prompt_tokens)
+        arrivals.append(Arrival(now, prompt, _length(rng, workload.output_tokens)))
+    return arrivals
+
+
+def _length(rng: random.Random, mean: int) -> int:
+    median = math.log(mean) - _SPREAD**2 / 2
+    return max(1, min(8 * mean, round(rng.lognormvariate(median, _SPREAD))))
+
+
 @dataclass
 class Fleet:
     """Pods, and the requests that went to them.
@@ -90,6 +113,17 @@ class Fleet:
         self.pod_seconds += sum(seconds - pod.started_at for pod in self.pods)
         self.pod_seconds += sum(seconds - pod.started_at for pod, _ in self._draining)
         return self
+
+    def replay(self, arrivals: Sequence[Arrival]) -> Fleet:
+        """Lets these requests come, and ends when all are done."""
+        for number, arrival in enumerate(arrivals):
+            self.env.process(self._arrive(number, arrival))
+        self.env.run()
+        return self
+
+    def _arrive(self, number: int, arrival: Arrival) -> Generator[simpy.Event, Any, None]:
+        yield self.env.timeout(arrival.at)
+        yield from self._serve(Request(self.env, number, arrival.num_prompt, 0, arrival.num_output))
 
     def scale(self, signal: str) -> None:
         """Lets the number of pods follow "requests", "queue" or "kv"."""
@@ -134,22 +168,21 @@ class Fleet:
         workload, limit = self.study.workload, self.study.settings.kv_cache_tokens // 2
         shared = 0
         for _ in range(workload.turns):
-            prompt = min(limit, shared + self._length(workload.prompt_tokens))
+            prompt = min(limit, shared + _length(self.rng, workload.prompt_tokens))
             request = Request(
-                self.env, number, prompt, shared, self._length(workload.output_tokens)
+                self.env, number, prompt, shared, _length(self.rng, workload.output_tokens)
             )
-            self.requests.append(request)
-            self._num_running += 1
-            self._balance(self.pods, self._num_running, request).send(request)
-            yield request.done
-            self._num_running -= 1
+            yield from self._serve(request)
             shared = min(limit, prompt + request.num_output)
             if workload.think_seconds:
                 yield self.env.timeout(self.rng.expovariate(1 / workload.think_seconds))
 
-    def _length(self, mean: int) -> int:
-        median = math.log(mean) - _SPREAD**2 / 2
-        return max(1, min(8 * mean, round(self.rng.lognormvariate(median, _SPREAD))))
+    def _serve(self, request: Request) -> Generator[simpy.Event, Any, None]:
+        self.requests.append(request)
+        self._num_running += 1
+        self._balance(self.pods, self._num_running, request).send(request)
+        yield request.done
+        self._num_running -= 1
 
     def _autoscaler(self, signal: str) -> Generator[simpy.Event, Any, None]:
         wanted: deque[tuple[float, int]] = deque()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import simpy
 
 import simulate_fleet
 from fleet_model import Costs, Pod, PodSettings, Request
-from fleet_studies import Fleet, Study, Workload
+from fleet_studies import Arrival, Fleet, Study, Workload
 
 VALUES: dict[str, Any] = {
     "verify": {"1": 0.02, "16": 0.03, "64": 0.07},
@@ -57,9 +59,10 @@ def test_a_pod_with_one_place_waits_as_theory_says() -> None:
     """Pollaczek-Khinchine for constant service times: the mean wait is rho s / 2 (1 - rho)."""
     service, rho = COSTS.step(1, 1, 0), 0.7
     settings = PodSettings(1, 512, 32768, 0)
-    fleet = Fleet(study(settings=settings), 1, "least")
-    fleet._length = lambda mean: 1  # type: ignore[method-assign]
-    fleet.run(lambda _: rho / service, 60_000 * service)
+    rng = random.Random(0)
+    times = accumulate(rng.expovariate(rho / service) for _ in range(40_000))
+    arrivals = [Arrival(at, 1, 1) for at in times]
+    fleet = Fleet(study(settings=settings), 1, "least").replay(arrivals)
     waits = fleet.first_token_seconds() - service
     assert float(np.mean(waits)) == pytest.approx(rho * service / 2 / (1 - rho), rel=0.1)
 

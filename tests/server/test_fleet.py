@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from fleet import Envoy, Pod, container
 from stream import Stream, metric, wait_until
 
+from local_fleet import Envoy, Pod, container
 from tandem_client import AsyncClient, Client, TandemClientError
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -28,8 +28,10 @@ ENDLESS: dict[str, Any] = {"max_tokens": 12000, "ignore_eos": True, "temperature
 
 
 @pytest.fixture(scope="module")
-def pods(tmp_path_factory: pytest.TempPathFactory, tiny_verifier: Path) -> Iterator[list[Pod]]:
-    pods = [Pod(tmp_path_factory.mktemp("pod"), tiny_verifier) for _ in range(2)]
+def pods(
+    tmp_path_factory: pytest.TempPathFactory, make_pod: Callable[..., Pod]
+) -> Iterator[list[Pod]]:
+    pods = [make_pod(tmp_path_factory.mktemp("pod")) for _ in range(2)]
     try:
         for pod in pods:
             pod.start()
@@ -42,7 +44,7 @@ def pods(tmp_path_factory: pytest.TempPathFactory, tiny_verifier: Path) -> Itera
 @pytest.fixture(scope="module")
 def envoy(pods: list[Pod], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Envoy]:
     with Envoy(pods, tmp_path_factory.mktemp("envoy")) as envoy:
-        wait_until(lambda: envoy.healthy_pods() == 2)
+        wait_until(lambda: envoy.num_healthy() == 2)
         yield envoy
 
 
@@ -51,7 +53,7 @@ def _all_up(pods: list[Pod], envoy: Envoy) -> None:
     for pod in pods:
         if not pod.server.is_running():
             pod.start()
-    wait_until(lambda: envoy.healthy_pods() == 2)
+    wait_until(lambda: envoy.num_healthy() == 2)
 
 
 class Load:
@@ -106,7 +108,7 @@ def test_restarts_break_no_stream(pods: list[Pod], envoy: Envoy) -> None:
             pod.terminate()
             assert load.num_started > before, "nothing was served meanwhile"
             pod.start()
-            wait_until(lambda: envoy.healthy_pods() == 2)
+            wait_until(lambda: envoy.num_healthy() == 2)
         load.wanted = max(NUM_STREAMS, load.num_started)
     assert load.num_started >= NUM_STREAMS
     assert load.errors == {}
@@ -160,16 +162,16 @@ def test_a_dead_stub_is_not_live(pods: list[Pod], envoy: Envoy) -> None:
         assert requests.get(f"{pod.server.http_url}/v2/health/live", timeout=5).status_code == 200
         assert requests.get(f"{pod.server.http_url}/v2/health/ready", timeout=5).status_code == 200
         assert kubelet_notices(pod) < 10
-        wait_until(lambda: envoy.healthy_pods() == 1, seconds=3)
+        wait_until(lambda: envoy.num_healthy() == 1, seconds=3)
     with Client(envoy.url) as client:
         assert client.generate("elsewhere", max_tokens=3, ignore_eos=True).num_output_tokens == 3
     pod.kill()
 
 
 def test_a_full_server_is_live_and_ready_and_refuses_clearly(
-    tmp_path: Path, tiny_verifier: Path
+    tmp_path: Path, make_pod: Callable[..., Pod]
 ) -> None:
-    pod = Pod(tmp_path, tiny_verifier, max_queue_size=4)
+    pod = make_pod(tmp_path, max_queue_size=4)
     try:
         pod.start()
         with Stream(pod.server) as full, Stream(pod.server) as late:

@@ -17,9 +17,9 @@ import psutil
 import pytest
 import requests
 import yaml
-from fleet import Pod, free_ports
 from stream import wait_until
 
+from local_fleet import Pod, free_ports
 from tandem_client import Client, TandemClientError
 from triton_runtime import ROOT
 
@@ -142,11 +142,11 @@ class Traffic:
 
 
 @pytest.fixture
-def pods(tmp_path: Path, tiny_verifier: Path) -> Iterator[dict[str, Pod]]:
+def pods(tmp_path: Path, make_pod: Callable[..., Pod]) -> Iterator[dict[str, Pod]]:
     """Two; in the second's cache two or three requests have room."""
     pods = {
-        "a": Pod(tmp_path / "a", tiny_verifier),
-        "b": Pod(tmp_path / "b", tiny_verifier, max_model_len=1600, kv_cache_tokens=1600),
+        "a": make_pod(tmp_path / "a"),
+        "b": make_pod(tmp_path / "b", max_model_len=1600, kv_cache_tokens=1600),
     }
     try:
         for pod in pods.values():
