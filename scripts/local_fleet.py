@@ -58,13 +58,20 @@ class Pod:
     Args:
         repository: with a model `tandem`, to whose configuration the parameters are added.
         cores: that its processes may run on; all when not given.
+        extra_args: of the server, beside the manifest's.
     """
 
-    def __init__(self, repository: Path, cores: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        repository: Path,
+        cores: Sequence[int] | None = None,
+        extra_args: Sequence[str] = (),
+    ) -> None:
         self.http_port, self.grpc_port, self.metrics_port, self.health_port = free_ports(4)
         self._manifest = container()
         self._repository = repository
         self._cores = cores
+        self._extra_args = extra_args
         config = repository / "tandem/config.pbtxt"
         parameters = self._with_port(deployed_parameters())
         config.write_text(config.read_text(encoding="utf-8") + parameters, encoding="utf-8")
@@ -80,7 +87,7 @@ class Pod:
             http_port=self.http_port,
             grpc_port=self.grpc_port,
             metrics_port=self.metrics_port,
-            extra_args=options,
+            extra_args=[*options, *self._extra_args],
         )
 
     def start(self) -> None:

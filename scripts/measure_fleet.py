@@ -146,8 +146,9 @@ async def send(url: str, arrivals: list[Arrival], options: Options) -> Times:
             offset = 37 * number % len(tokens)
             prompt = (tokens[offset:] + tokens[:offset])[: arrival.num_prompt]
             sent, first = time.monotonic(), 0.0
-            length: Options = {"max_tokens": arrival.num_output}
-            async for _ in client.stream(prompt, **{**options, **length}):
+            mine = options.copy()
+            mine["max_tokens"] = arrival.num_output
+            async for _ in client.stream(prompt, **mine):
                 first = first or time.monotonic() - sent
             return first, time.monotonic() - sent
 

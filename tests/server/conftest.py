@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,12 @@ def engine(tiny_verifier: Path) -> Engine:
 def make_pod(tiny_verifier: Path) -> Callable[..., Pod]:
     """Makes pods with the tiny verifier; whoever makes one stops it."""
 
-    def make(directory: Path, **settings: Any) -> Pod:
+    def make(directory: Path, extra_args: Items[str] = (), **settings: Any) -> Pod:
         repository = write_repository(directory / "repository", tiny_verifier, **settings)
         config = repository / "tandem/config.pbtxt"
         # The shortened drain; the deployed one comes in its place.
         config.write_text(config.read_text().partition('\nparameters { key: "drain_seconds"')[0])
-        return Pod(repository)
+        return Pod(repository, extra_args=extra_args)
 
     return make
 
