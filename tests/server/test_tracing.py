@@ -29,7 +29,8 @@ class Collector(ThreadingHTTPServer):
     """Takes spans as an OpenTelemetry collector does."""
 
     def __init__(self) -> None:
-        self.spans: list[bytes] = spans = []
+        spans: list[bytes] = []
+        self.spans = spans
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
