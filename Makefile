@@ -24,8 +24,14 @@ serve: setup ## serve until Ctrl-C (HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, MO
 	@$(BIN)/python scripts/serve.py --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
 		--metrics-port $(METRICS_PORT) --model-repository $(MODEL_REPOSITORY)
 
-test: setup ## run the tests (PYTEST_ARGS="-k cache")
+test: setup .checkov/.stamp ## run the tests (PYTEST_ARGS="-k cache")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# In an environment of its own: it wants older packages than the rest.
+.checkov/.stamp: requirements-checkov.txt
+	@$(PYTHON) -m venv --clear .checkov
+	@.checkov/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 lint: setup ## check style, types and imports; changes nothing
 	@$(BIN)/ruff check
@@ -47,5 +53,5 @@ clean: ## remove what builds and tools leave behind
 	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## also remove what setup made: .venv, .triton and .models, and .vllm
-	@rm -rf .venv .triton .models .vllm .bench .setup.lock
+distclean: clean ## also remove what setup made: .venv, .checkov, .triton and .models, and .vllm
+	@rm -rf .venv .checkov .triton .models .vllm .bench .setup.lock

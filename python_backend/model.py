@@ -32,9 +32,11 @@ from tandem import (
     StepError,
     TandemError,
 )
+from tandem_triton.health import HealthServer
 from tandem_triton.log import log_to_server
 from tandem_triton.metrics import MetricsExporter
 from tandem_triton.request import Request
+from tandem_triton.shutdown import Drain
 from tandem_triton.signals import ShutdownSignal
 
 logger = logging.getLogger("tandem")
@@ -44,6 +46,8 @@ logger = logging.getLogger("tandem")
 _MAX_BLOCK_SECONDS = 3.0
 _WATCH_SECONDS = 0.05
 _DRAIN_SECONDS = 5.0
+# A step, or the watching thread, that takes longer counts as hanging for good.
+_HANG_SECONDS = 120.0
 # Steps that fail one after the other before the engine counts as broken.
 _MAX_FAILURES = 3
 _SHUTTING_DOWN = EngineStoppedError("the server is shutting down")
@@ -57,7 +61,7 @@ class TritonPythonModel:
         log_to_server()
         self._engine = self._load_engine(args)
         self._metrics = MetricsExporter(self._engine, args)
-        self._drain_seconds = self._parameter(args, "drain_seconds", _DRAIN_SECONDS)
+        self._drain = Drain(self._parameter(args, "drain_seconds", _DRAIN_SECONDS))
         self._stopped: EngineStoppedError | None = None
         self._turn = asyncio.Lock()
         self._stepper = ThreadPoolExecutor(1, "tandem-step")
@@ -67,12 +71,25 @@ class TritonPythonModel:
         self._shutdown_signal = ShutdownSignal()
         self._closing = False
         self._num_failures = 0
+        self._step_began_at: float | None = None
+        self._watched_at = time.monotonic()
+        self._health = self._open_health(int(self._parameter(args, "health_port", 0)))
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("tandem-send", self._send), ("tandem-watch", self._watch))
         ]
         for thread in self._threads:
             thread.start()
+
+    def _open_health(self, port: int) -> HealthServer | None:
+        if not port:
+            return None
+        try:
+            return HealthServer(port, self._not_live, self._not_ready, self._drain.run)
+        except OSError as error:
+            raise pb_utils.TritonModelException(
+                f"config.pbtxt: health_port {port} can't be had: {error.strerror}"
+            ) from None
 
     @staticmethod
     def _load_engine(args: dict[str, str]) -> Engine:
@@ -142,7 +159,23 @@ class TritonPythonModel:
 
     def is_ready(self) -> bool:
         """Asked by servers that know it: False once the engine has failed or is shutting down."""
-        return self._stopped is None
+        return not self._not_ready()
+
+    def _not_live(self) -> str:
+        """Why this process should be started anew; empty if it works."""
+        now = time.monotonic()
+        if self._stopped is not None and self._stopped is not _SHUTTING_DOWN:
+            return str(self._stopped)
+        began_at = self._step_began_at
+        if now - min(self._watched_at, now if began_at is None else began_at) > _HANG_SECONDS:
+            return f"nothing has moved for {_HANG_SECONDS:.0f} s"
+        return ""
+
+    def _not_ready(self) -> str:
+        """Why new requests should go elsewhere; empty if they may come, even if they must wait."""
+        if self._drain.has_started or self._stopped is _SHUTTING_DOWN:
+            return str(_SHUTTING_DOWN)
+        return self._not_live()
 
     def finalize(self) -> None:
         """Ends what still runs with an error, sends it, and stops the threads."""
@@ -152,6 +185,8 @@ class TritonPythonModel:
         self._outbox.put(None)
         for thread in self._threads:
             thread.join()
+        if self._health is not None:
+            self._health.close()
 
     # --- on the event loop, and the thread that steps
 
@@ -164,6 +199,7 @@ class TritonPythonModel:
                     await loop.run_in_executor(self._stepper, self._step)
 
     def _step(self) -> None:
+        self._step_began_at = time.monotonic()
         try:
             deltas = self._engine.step()
         except Exception as error:
@@ -177,6 +213,7 @@ class TritonPythonModel:
         else:
             self._num_failures = 0
             self._hand_out(deltas)
+        self._step_began_at = None
 
     def _stop(self, error: EngineStoppedError) -> None:
         """Takes no more requests and ends the running ones; no step may be running."""
@@ -205,17 +242,18 @@ class TritonPythonModel:
 
     def _watch(self) -> None:
         """Looks for clients that went away and for a shutdown, and keeps the metrics up to date."""
-        deadline: float | None = None
         while not self._closing:
-            if self._shutdown_signal.wait(_WATCH_SECONDS) and deadline is None:
-                deadline = time.monotonic() + self._drain_seconds
-                logger.info("shutting down: running requests have %g s", self._drain_seconds)
+            self._watched_at = time.monotonic()
+            if self._shutdown_signal.wait(_WATCH_SECONDS):
+                self._drain.start()
+                # Unlike a balancer, whoever sends a signal sends nothing after it.
                 with self._room:
-                    self._stopped = _SHUTTING_DOWN
-            if deadline is not None and time.monotonic() > deadline and self._requests:
+                    self._stopped = self._stopped or _SHUTTING_DOWN
+            self._drain.observe(busy=bool(self._requests))
+            if self._drain.is_over and self._requests:
                 self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
             self._end_cancelled()
-            self._metrics.update()
+            self._metrics.update(alive=not self._not_live())
 
     def _end_cancelled(self) -> None:
         with self._room:

@@ -24,7 +24,12 @@ from triton_runtime import ROOT, TRITON, in_container, libpython_directory, runt
 
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
-PACKAGE_LISTS = ("requirements.txt", "requirements-dev.txt", "pyproject.toml")
+PACKAGE_LISTS = (
+    "requirements.txt",
+    "requirements-client.txt",
+    "requirements-dev.txt",
+    "pyproject.toml",
+)
 PYTHON_VERSIONS = ((3, 11), (3, 12))
 MIN_GLIBC = (2, 35)
 MIN_FREE_GB = 6

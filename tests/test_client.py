@@ -16,8 +16,16 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
 import tandem_client
-from tandem_client import Chunk, Completion, RequestError, ServerUnavailableError
+from tandem_client import (
+    Chunk,
+    Completion,
+    Options,
+    Prompt,
+    RequestError,
+    ServerUnavailableError,
+)
 from tandem_client.cli import main, printer, summary
+from tandem_client.options import make_metadata
 from tandem_client.protocol import Exchange, make_request, refusal
 from tandem_client.stats import Sample, compare, render
 
@@ -120,6 +128,31 @@ def test_a_prompt_may_be_tokens_or_a_conversation() -> None:
         "tools": tools,
         "sampling_parameters": {},
     }
+
+
+def test_a_request_can_be_followed() -> None:
+    options: Options = {"request_id": "r1", "traceparent": "00-1-2-01", "top_k": 3}
+    request = make_request("m", "hi", stream=True, options=options)
+    (sampling,) = [t for t in request.inputs if t.name == "sampling_parameters"]
+    assert json.loads(sampling.contents.bytes_contents[0]) == {"top_k": 3}
+    assert request.id == "r1"
+    assert make_metadata("hi", options) == [("traceparent", "00-1-2-01")]
+
+
+def prefix(prompt: Prompt, **options: Any) -> str:
+    return dict(make_metadata(prompt, options)).get("tandem-prefix", "")  # type: ignore[arg-type]
+
+
+def test_a_conversation_stays_with_its_server() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    first, other = ({"role": "user", "content": text} for text in ("Why?", "How?"))
+    turn = [system, first]
+    later = [*turn, {"role": "assistant", "content": "So."}, other]
+    assert prefix(turn) == prefix(later) != ""
+    assert prefix(turn) != prefix([system, other])
+    # What has no turns can go anywhere, unless the caller says that it begins like others.
+    assert prefix("Why?") == prefix([1, 2, 3]) == prefix([system]) == ""
+    assert prefix("Why?", prompt_cache_key="k") == prefix(later, prompt_cache_key="k") != ""
 
 
 @pytest.mark.parametrize(

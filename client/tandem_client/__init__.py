@@ -15,7 +15,8 @@ from tandem_client.errors import (
     ServerUnavailableError,
     TandemClientError,
 )
-from tandem_client.protocol import Chunk, Completion, Options, Prompt
+from tandem_client.options import Options, Prompt
+from tandem_client.protocol import Chunk, Completion
 
 
 def generate(

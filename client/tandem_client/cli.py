@@ -17,7 +17,8 @@ from rich.live import Live
 
 from tandem_client.client import DEFAULT_MODEL, DEFAULT_URL, Client
 from tandem_client.errors import RequestError, ServerUnavailableError, TandemClientError
-from tandem_client.protocol import Chunk, Completion, Options, Prompt
+from tandem_client.options import Options, Prompt
+from tandem_client.protocol import Chunk, Completion
 from tandem_client.stats import DEFAULT_METRICS_URL, compare, read_sample, render
 
 OK, FAILED, UNREACHABLE, INTERRUPTED = 0, 1, 3, 130

@@ -11,7 +11,8 @@ from typing import Any, Self, Unpack
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tandem_client.protocol import Chunk, Completion, Exchange, Options, Prompt
+from tandem_client.options import Options, Prompt
+from tandem_client.protocol import Chunk, Completion, Exchange
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_MODEL = "tandem"
@@ -76,7 +77,9 @@ class Client:
         self, prompt: Prompt, stream: bool, options: Options
     ) -> Generator[Chunk, None, None]:
         exchange = Exchange(self.url, self.model, prompt, stream, options)
-        call = self._stub.ModelStreamInfer(iter([exchange.request]), timeout=self.timeout)
+        call = self._stub.ModelStreamInfer(
+            iter([exchange.request]), timeout=self.timeout, metadata=exchange.metadata
+        )
         try:
             for message in call:
                 yield from exchange.read(message)
@@ -142,7 +145,9 @@ class AsyncClient:
     ) -> AsyncGenerator[Chunk, None]:
         exchange = Exchange(self.url, self.model, prompt, stream, options)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        call = stub.ModelStreamInfer(iter([exchange.request]), timeout=self.timeout)
+        call = stub.ModelStreamInfer(
+            iter([exchange.request]), timeout=self.timeout, metadata=exchange.metadata
+        )
         try:
             async for message in call:
                 for chunk in exchange.read(message):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import InferResult, service_pb2
@@ -17,42 +17,7 @@ from tandem_client.errors import (
     ServerUnavailableError,
     TandemClientError,
 )
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-
-
-class Options(TypedDict, total=False):
-    """How to generate; the server's defaults hold for what isn't given.
-
-    The keys are the server's (README.md, "Requests"). With `n` above 1, a stream's chunks belong to
-    different sequences; `Client.generate` gives the first. `tools` go to the chat template.
-    """
-
-    max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[str, float]
-    bad_words: Sequence[str]
-    stop: Sequence[str]
-    stop_token_ids: Sequence[int]
-    include_stop_str_in_output: bool
-    ignore_eos: bool
-    seed: int
-    n: int
-    logprobs: int
-    structured_outputs: Mapping[str, Any]
-    return_token_ids: bool
-    exclude_input_in_output: bool
-    drafter: str
-    num_speculative_tokens: int
-    cache_salt: str
-    tools: Sequence[Mapping[str, Any]]
+from tandem_client.options import ENVELOPE, Options, Prompt, make_metadata
 
 
 @dataclass(frozen=True)
@@ -158,6 +123,7 @@ class Exchange:
     ) -> None:
         self._url = url
         self._answered = self._ended = False
+        self.metadata = make_metadata(prompt, options)
         self.request = make_request(model, prompt, stream=stream, options=options)
 
     def read(self, message: Any) -> list[Chunk]:
@@ -185,9 +151,11 @@ class Exchange:
         code, details = error.code(), error.details()
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return RequestTimeoutError("the answer was not complete in time")
-        if code is not grpc.StatusCode.UNAVAILABLE:
+        # How a proxy breaks an answer off whose server has died.
+        is_reset = code is grpc.StatusCode.INTERNAL and "RST_STREAM" in (details or "")
+        if code is not grpc.StatusCode.UNAVAILABLE and not is_reset:
             return RequestError(f"{code.name}: {details}", _CODES.get(code, "INTERNAL"))
-        if self._answered:
+        if self._answered or is_reset:
             return ServerUnavailableError(f"lost the connection to {self._url}: {details}")
         return ServerUnavailableError(
             f"no server answers at {self._url}: start one with `make serve`, or give the address "
@@ -226,7 +194,9 @@ def make_request(model: str, prompt: Prompt, *, stream: bool, options: Options) 
     Raises:
         RequestError: the prompt has characters that UTF-8 can't hold.
     """
-    sampling: dict[str, Any] = {n: value for n, value in options.items() if value is not None}
+    sampling: dict[str, Any] = {
+        name: value for name, value in options.items() if value is not None and name not in ENVELOPE
+    }
     tools = sampling.pop("tools", None)
     texts = {"sampling_parameters": json.dumps(sampling)}
     if tools is not None:
@@ -238,7 +208,7 @@ def make_request(model: str, prompt: Prompt, *, stream: bool, options: Options) 
         token_ids = cast("list[int]", list(prompt))
     else:
         texts["messages"] = json.dumps(list(prompt))
-    request = service_pb2.ModelInferRequest(model_name=model)
+    request = service_pb2.ModelInferRequest(model_name=model, id=options.get("request_id", ""))
     request.parameters["triton_enable_empty_final_response"].bool_param = True
     for name, text in texts.items():
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -21,13 +21,14 @@ from starlette.exceptions import HTTPException
 
 from tandem_client import AsyncClient, Chunk, Options, Prompt, TandemClientError
 from tandem_gateway.errors import APIError
+from tandem_gateway.log import log_request, logger
 from tandem_gateway.responses import Kind, Usage, Writer
 from tandem_gateway.schema import ChatCompletionRequest, CompletionRequest, Request
 
-logger = logging.getLogger("tandem.gateway")
-
 MAX_BODY_BYTES = 8 * 2**20
 _POLL_SECONDS = 0.1
+# W3C's header: version, trace, parent and flags.
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _PAGE = Path(__file__).with_name("chat.html")
 
 # (choice, chunk), as they come.
@@ -139,21 +140,25 @@ class _Gateway:
         except ValueError as error:
             raise APIError(400, str(error), "invalid_value") from error
         writer = Writer(kind, self._model, options.get("logprobs"))
+        options["request_id"] = writer.id
+        traceparent = http.headers.get("traceparent", "")
+        options["traceparent"] = traceparent if _TRACEPARENT.fullmatch(traceparent) else ""
         chunks = self._generate(prompts, options, request.n)
         if request.stream:
             with_usage = request.stream_options is not None and request.stream_options.include_usage
             # The first chunk decides on the status.
             first = await _unless_gone(anext(chunks), http)
             events = _events(writer, first, chunks, request.n, with_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
+            headers = {"x-request-id": writer.id}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         answers, usage = await _unless_gone(_collect(chunks, request.n), http)
-        return JSONResponse(writer.whole(answers, usage))
+        return JSONResponse(writer.whole(answers, usage), headers={"x-request-id": writer.id})
 
     async def _generate(self, prompts: Sequence[Prompt], options: Options, n: int) -> Chunks:
         """All prompts at once; choice `n * i + j` is sequence j of prompt i."""
         if n > 1:
             options["n"] = n
-        queue: asyncio.Queue[tuple[int, Chunk] | Exception | None] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Chunk] | APIError | None] = asyncio.Queue()
 
         async def follow(number: int, prompt: Prompt) -> None:
             try:
@@ -167,18 +172,23 @@ class _Gateway:
                 logger.exception("a request failed")
                 await queue.put(APIError(500, f"internal error: {error!r}"))
 
+        started, outcome = time.monotonic(), "cancelled"
         tasks = [asyncio.create_task(follow(*pair)) for pair in enumerate(prompts)]
         try:
             left = len(tasks)
             while left:
                 item = await queue.get()
-                if isinstance(item, Exception):
+                if isinstance(item, APIError):
+                    outcome = f"error {item.status}: {item}"
                     raise item
                 if item is None:
                     left -= 1
                 else:
                     yield item
+            outcome = "done"
         finally:
+            seconds = time.monotonic() - started
+            log_request(options["request_id"], options["traceparent"], outcome, seconds)
             # Cancels the requests that still run, on the server too.
             for task in tasks:
                 task.cancel()

@@ -11,9 +11,8 @@ import uvicorn
 
 from tandem_client.client import DEFAULT_MODEL, DEFAULT_URL
 from tandem_gateway.app import MAX_BODY_BYTES, create_app
+from tandem_gateway.log import log_to_stderr
 
-# How long answers that are being streamed may go on after Ctrl-C.
-_DRAIN_SECONDS = 5
 _EXAMPLES = """examples:
   tandem-gateway                                     then open http://127.0.0.1:9000/
   tandem-gateway --url triton:8001 --host 0.0.0.0 --port 80
@@ -43,7 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help=f"larger requests are refused ({MAX_BODY_BYTES})",
     )
+    parser.add_argument(
+        "--drain-seconds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="how long answers that are being streamed may go on after Ctrl-C or SIGTERM (5)",
+    )
     parsed = parser.parse_args(arguments)
+    log_to_stderr()
     # From the environment, so that no key shows in a list of processes.
     keys = [key for key in os.environ.get("TANDEM_API_KEYS", "").split(",") if key]
     app = create_app(parsed.url, parsed.model, api_keys=keys, max_body_bytes=parsed.max_body_bytes)
@@ -52,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app,
         host=parsed.host,
         port=parsed.port,
-        log_level="warning",
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
+        log_config=None,
+        timeout_graceful_shutdown=parsed.drain_seconds,
     )
     return 0
 

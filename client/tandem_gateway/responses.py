@@ -75,8 +75,9 @@ class Writer:
         self._offsets: Counter[int] = Counter()  # characters so far, by choice
         self._is_chat = kind == "chat.completion"
         prefix = "chatcmpl" if self._is_chat else "cmpl"
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
         self._head = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "id": self.id,
             "object": kind,
             "created": int(time.time()),
             "model": model,

@@ -68,13 +68,15 @@ class Request(BaseModel, ABC):
     num_speculative_tokens: int | None = None
     cache_salt: str | None = None
 
+    # Requests with the same key go to the same server.
+    prompt_cache_key: str | None = None
+
     # Taken, without effect.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
     def options(self) -> Options:
         """The options that the server knows."""

@@ -18,6 +18,7 @@ logger = logging.getLogger("tandem")
 
 _WINDOW_SECONDS = 60.0
 _DESCRIPTIONS = {
+    "alive_timestamp_seconds": "When the model's process last found that it works",
     "engine_steps_total": "Verifier passes",
     "prompt_tokens_total": "Prompt tokens of accepted requests",
     "generation_tokens_total": "Generated tokens",
@@ -82,9 +83,15 @@ class MetricsExporter:
         """Adds one to a counter."""
         self._events.put((name, 1, labels))
 
-    def update(self) -> None:
-        """Sends what has changed since the last time."""
+    def update(self, *, alive: bool) -> None:
+        """Sends what has changed since the last time.
+
+        Args:
+            alive: whether the model works; a process that has died can't say so.
+        """
         try:
+            if alive:
+                self._show("alive_timestamp_seconds", int(time.time()))
             self._send_events()
             self._show_engine()
             for name, stats in list(self._engine.drafter_stats.items()):
@@ -175,7 +182,7 @@ class MetricsExporter:
         key = (name, *labels.values())
         if key not in self._metrics:
             kinds = pb_utils.MetricFamily
-            is_histogram = name.endswith("_seconds")
+            is_histogram = name.endswith("_seconds") and "timestamp" not in name
             if name not in self._families:
                 kind = kinds.COUNTER if name.endswith("_total") else kinds.GAUGE
                 self._families[name] = kinds(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import threading
 import time
 from collections.abc import Sequence as Items
@@ -27,6 +28,8 @@ from tandem_triton.choice import Choice, output_tensor
 from tandem_triton.inputs import read_prompt, read_tensor
 from tandem_triton.metrics import MetricsExporter
 
+logger = logging.getLogger("tandem")
+
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MAX_SEED = 2**64 - 1
 
@@ -43,6 +46,9 @@ class Request:
         self._choices: dict[Sequence, Choice] = {}
         timeout = request.timeout()  # microseconds, 0 for none
         self._deadline = arrived_at + timeout / 1e6 if timeout else float("inf")
+        self._arrived_at = arrived_at
+        self._id = request.request_id()
+        self._trace_id = trace_id(request)
 
     def read(self, request: Any, engine: Engine) -> list[Sequence]:
         """Makes the sequences that the request asks for.
@@ -89,11 +95,13 @@ class Request:
         """Ends the request with an error."""
         if self._done:
             return
-        self._metrics.count("request_failure_total", reason=_REASONS.get(type(error), "error"))
+        reason = _REASONS.get(type(error), "error")
+        self._metrics.count("request_failure_total", reason=reason)
         # Within a gRPC stream Triton passes the text on, but not the code.
         code = getattr(pb_utils.TritonError, error.code)
         triton_error = pb_utils.TritonError(f"{error.code}: {error}", code)
         self._send(pb_utils.InferenceResponse(error=triton_error), _FINAL)
+        self._log_end(reason, error=str(error))
 
     def deliver(self, delta: Delta, engine: Engine) -> None:
         """Adds what a step brought and sends what is ready.
@@ -127,6 +135,29 @@ class Request:
         tensors = [output_tensor(name, values) for name, values in columns.items()]
         response = pb_utils.InferenceResponse(output_tensors=tensors)
         self._send(response, _FINAL if is_last else 0)
+        if is_last:
+            reasons = {s.finish_reason.value for s in self._choices if s.finish_reason}
+            self._log_end("+".join(sorted(reasons)))
+
+    def _log_end(self, outcome: str, **more: str) -> None:
+        """A line of JSON, with what connects it to the client's log and to the trace."""
+        counted = {
+            name: sum(getattr(sequence, name) for sequence in self._choices)
+            for name in ("num_output_tokens", "num_draft_tokens", "num_accepted_tokens")
+        }
+        first = next(iter(self._choices), None)
+        entry = {
+            "event": "request",
+            "request_id": self._id,
+            "trace_id": self._trace_id,
+            "outcome": outcome,
+            "seconds": round(time.monotonic() - self._arrived_at, 4),
+            "drafter": first.drafter if first else "",
+            "num_input_tokens": first.num_prompt_tokens if first else 0,
+            **counted,
+            **more,
+        }
+        logger.info("%s", json.dumps(entry, ensure_ascii=False))
 
     def _send(self, response: Any, flags: int) -> None:
         with self._lock:
@@ -147,6 +178,16 @@ _REASONS: dict[type[TandemError], str] = {
 # --- reading
 
 
+def trace_id(request: Any) -> str:
+    """The trace that the request belongs to: of Triton's own tracing, or of a forwarded header.
+
+    Empty if there is none. The format is W3C's: version-trace-parent-flags.
+    """
+    context = request.trace().get_context() or request.parameters() or "{}"
+    parts = str(json.loads(context).get("traceparent", "")).split("-")
+    return parts[1] if len(parts) == 4 else ""
+
+
 def _options(request: Any) -> RequestOptions:
     """Tensors win over `sampling_parameters`, and that over request parameters."""
     tensors = {}
@@ -157,7 +198,8 @@ def _options(request: Any) -> RequestOptions:
     parameters = {
         name: value
         for name, value in json.loads(request.parameters() or "{}").items()
-        if not name.startswith("triton_")  # the server's own
+        # The server's own, and headers that it forwards.
+        if not name.startswith("triton_") and name not in ("id", "traceparent")
     }
     text = tensors.pop("sampling_parameters", None)
     return parse_options(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from local_fleet import Pod
 from tandem import Engine, EngineConfig
 from tiny_models import save_verifier
 from triton_server import TritonServer
@@ -93,6 +95,20 @@ def server(repository: Path) -> Iterator[TritonServer]:
 def engine(tiny_verifier: Path) -> Engine:
     """What the server's engine must agree with."""
     return Engine(EngineConfig(verifier=str(tiny_verifier), **SETTINGS))
+
+
+@pytest.fixture(scope="session")
+def make_pod(tiny_verifier: Path) -> Callable[..., Pod]:
+    """Makes pods with the tiny verifier; whoever makes one stops it."""
+
+    def make(directory: Path, extra_args: Items[str] = (), **settings: Any) -> Pod:
+        repository = write_repository(directory / "repository", tiny_verifier, **settings)
+        config = repository / "tandem/config.pbtxt"
+        # The shortened drain; the deployed one comes in its place.
+        config.write_text(config.read_text().partition('\nparameters { key: "drain_seconds"')[0])
+        return Pod(repository, extra_args=extra_args)
+
+    return make
 
 
 @pytest.fixture

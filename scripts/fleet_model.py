@@ -1,0 +1,307 @@
+"""Pods, balancing rules and an autoscaler as SimPy processes; see `simulate_fleet.py`.
+
+A pod is modelled at the level of the engine's steps: what is measured is what a step costs, and
+what follows is computed. Left out: preemption (a request is admitted when its prompt and answer
+have room), and the spread of acceptance between texts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, count, pairwise
+from operator import mul
+from typing import Any
+
+import simpy
+
+
+class Curve:
+    """Seconds by count: straight lines between the measured points, and beyond them."""
+
+    def __init__(self, points: Mapping[str, float]) -> None:
+        self._points = sorted((int(count), float(seconds)) for count, seconds in points.items())
+        self._known: dict[int, float] = {}
+
+    def __call__(self, count: int) -> float:
+        """Seconds at `count`; below the first point as there."""
+        if count not in self._known:
+            self._known[count] = self._interpolate(count)
+        return self._known[count]
+
+    def _interpolate(self, count: int) -> float:
+        points = self._points
+        if len(points) == 1 or count <= points[0][0]:
+            return points[0][1]
+        pairs = list(pairwise(points))
+        low, high = next((pair for pair in pairs if count <= pair[1][0]), pairs[-1])
+        share = (count - low[0]) / (high[0] - low[0])
+        return low[1] + share * (high[1] - low[1])
+
+
+class Costs:
+    """What a step costs, in seconds, as the backend measures it when it loads.
+
+    Args:
+        values: `verify`, a pass of one sequence by tokens that get logits; `sequence`, what each
+            further one adds; `prompt_token`, what a token of a prompt adds; and `draft`, by
+            drafter: what a round costs to `begin`, and each `guess`, by number of sequences.
+        drafter: one of those, or "none".
+        acceptance: the chance of each guess, if those before it were accepted.
+
+    Raises:
+        ValueError: the values are no such thing, or lack the drafter.
+    """
+
+    def __init__(self, values: Any, drafter: str, acceptance: Sequence[float]) -> None:
+        try:
+            self._verify = Curve(values["verify"])
+            self._sequence = float(values["sequence"])
+            self._prompt_token = float(values["prompt_token"])
+            draft = values["draft"][drafter] if drafter != "none" else {"begin": {"1": 0}}
+            self._begin = Curve(draft["begin"])
+            self._guess = Curve(draft.get("guess", {"1": 0}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no costs of drafter {drafter!r}: {error!r}") from error
+        chances = acceptance if drafter != "none" else ()
+        self._gains: list[float] = list(accumulate(accumulate(chances, mul), initial=1.0))
+        self._best: dict[int, int] = {}
+
+    @property
+    def max_lookahead(self) -> int:
+        """Guesses of a round at most."""
+        return len(self._gains) - 1
+
+    def step(self, num_sequences: int, num_prompt_tokens: int, lookahead: int) -> float:
+        """Seconds of a step in which all sequences draft `lookahead` tokens."""
+        rows = max(1, num_sequences * (lookahead + 1))
+        seconds = self._verify(rows) + self._sequence * max(0, num_sequences - 1)
+        if lookahead:
+            seconds += self._begin(num_sequences) + lookahead * self._guess(num_sequences)
+        return seconds + self._prompt_token * num_prompt_tokens
+
+    def tokens(self, lookahead: int) -> float:
+        """Tokens that a step is expected to give a sequence."""
+        return self._gains[lookahead]
+
+    def best_lookahead(self, num_sequences: int) -> int:
+        """The lookahead with the most tokens a second; 0 when drafting doesn't pay."""
+        if num_sequences not in self._best:
+            self._best[num_sequences] = max(
+                range(self.max_lookahead + 1),
+                key=lambda k: self.tokens(k) / self.step(num_sequences, 0, k),
+            )
+        return self._best[num_sequences]
+
+
+class Request:
+    """One request, from its arrival.
+
+    Args:
+        conversation: to which it belongs.
+        num_shared: tokens at the start of its prompt that were in the conversation's last turn.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        conversation: int,
+        num_prompt: int,
+        num_shared: int,
+        num_output: int,
+    ) -> None:
+        self.at = float(env.now)
+        self.conversation = conversation
+        self.num_prompt = num_prompt
+        self.num_shared = num_shared
+        self.num_output = num_output
+        self.num_cached = 0
+        self.first_token_at = math.nan
+        self.done_at = math.nan
+        self.done = env.event()
+
+
+@dataclass(frozen=True)
+class PodSettings:
+    """As in model.json."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_tokens: int
+    lookahead: int | None  # None: what pays best
+
+
+class Pod:
+    """One engine with its queue."""
+
+    def __init__(self, env: simpy.Environment, costs: Costs, settings: PodSettings) -> None:
+        self.env = env
+        self.started_at = float(env.now)
+        self.waiting: deque[Request] = deque()
+        self.num_running = 0
+        self.kv_used = 0
+        self.num_tokens = 0
+        self._costs = costs
+        self._settings = settings
+        self._prefilling: list[tuple[Request, int]] = []  # with the tokens still to compute
+        # Tokens that every decoding sequence has got since the start: the order in which they end
+        # never changes, whatever a step yields.
+        self._progress = 0.0
+        self._decoding: list[tuple[float, int, Request]] = []
+        self._number = 0
+        self._cached: OrderedDict[int, int] = OrderedDict()  # conversation -> tokens
+        self._num_cached = 0
+        self._arrival = env.event()
+        env.process(self._run())
+
+    @property
+    def num_requests(self) -> int:
+        """Running and waiting."""
+        return self.num_running + len(self.waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cache that belongs to running requests."""
+        return self.kv_used / self._settings.kv_cache_tokens
+
+    def send(self, request: Request) -> None:
+        """Takes a request into the queue."""
+        self.waiting.append(request)
+        if not self._arrival.triggered:
+            self._arrival.succeed()
+
+    def _run(self) -> Generator[simpy.Event, Any, None]:
+        while True:
+            self._admit()
+            if not self.num_running:
+                yield self._next_arrival()
+                continue
+            yield from self._prefill_step() if self._prefilling else self._decode_steps()
+
+    def _next_arrival(self) -> simpy.Event:
+        if self._arrival.triggered:
+            self._arrival = self.env.event()
+        return self._arrival
+
+    def _admit(self) -> None:
+        limits = self._settings
+        while self.waiting and self.num_running < limits.max_num_seqs:
+            request = self.waiting[0]
+            needed = request.num_prompt + request.num_output
+            if self.kv_used + needed > limits.kv_cache_tokens and self.num_running:
+                return
+            self.waiting.popleft()
+            self.num_running += 1
+            self.kv_used += needed
+            cached = self._cached.pop(request.conversation, 0)
+            self._num_cached -= cached
+            request.num_cached = min(cached, request.num_shared)
+            self._prefilling.append((request, request.num_prompt - request.num_cached))
+
+    def _prefill_step(self) -> Generator[simpy.Event, Any, None]:
+        """One step: decoding sequences first, and prompts with what is left of the budget."""
+        lookahead = self._lookahead()
+        decoding = len(self._decoding)
+        budget = max(1, self._settings.max_num_batched_tokens - decoding * (lookahead + 1))
+        left, ready, used = [], [], 0
+        for request, tokens in self._prefilling:
+            chunk = min(tokens, budget - used)
+            used += chunk
+            if chunk < tokens:
+                left.append((request, tokens - chunk))
+            else:
+                ready.append(request)
+        # The last token of a prompt gets logits, as a decoding sequence's.
+        yield self.env.timeout(self._costs.step(max(1, decoding + len(ready)), used, lookahead))
+        self._prefilling = left
+        self._advance(1, lookahead)
+        for request in ready:
+            request.first_token_at = self.env.now
+            self.num_tokens += 1
+            self._number += 1
+            entry = (self._progress + request.num_output - 1, self._number, request)
+            heapq.heappush(self._decoding, entry)
+        self._end_finished()
+
+    def _decode_steps(self) -> Generator[simpy.Event, Any, None]:
+        """Equal steps until a sequence ends, or an arrival can be admitted."""
+        lookahead = self._lookahead()
+        step = self._costs.step(len(self._decoding), 0, lookahead)
+        gain = self._costs.tokens(lookahead)
+        steps = max(1, math.ceil((self._decoding[0][0] - self._progress) / gain - 1e-9))
+        start = self.env.now
+        end = self.env.timeout(steps * step)
+        if self._is_full():
+            yield end
+        else:
+            yield end | self._next_arrival()
+            if not end.processed:
+                steps = min(steps, max(1, math.ceil((self.env.now - start) / step - 1e-9)))
+                yield self.env.timeout(max(0.0, start + steps * step - self.env.now))
+        self._advance(steps, lookahead)
+        self._end_finished()
+
+    def _is_full(self) -> bool:
+        return bool(self.waiting) or self.num_running >= self._settings.max_num_seqs
+
+    def _lookahead(self) -> int:
+        fixed = self._settings.lookahead
+        if fixed is not None:
+            return min(fixed, self._costs.max_lookahead)
+        return self._costs.best_lookahead(max(1, len(self._decoding)))
+
+    def _advance(self, steps: int, lookahead: int) -> None:
+        gain = steps * self._costs.tokens(lookahead)
+        self.num_tokens += int(gain * len(self._decoding))
+        self._progress += gain
+
+    def _end_finished(self) -> None:
+        while self._decoding and self._decoding[0][0] <= self._progress + 1e-9:
+            _, _, request = heapq.heappop(self._decoding)
+            request.done_at = self.env.now
+            request.done.succeed()
+            self.num_running -= 1
+            size = request.num_prompt + request.num_output
+            self.kv_used -= size
+            self._num_cached += size - self._cached.pop(request.conversation, 0)
+            self._cached[request.conversation] = size
+        free = self._settings.kv_cache_tokens - self.kv_used
+        while self._cached and self._num_cached > free:
+            self._num_cached -= self._cached.popitem(last=False)[1]
+
+
+Balancer = Callable[[Sequence[Pod], int, Request], Pod]
+
+
+def balancer(name: str, rng: random.Random) -> Balancer:
+    """A rule by its name; `least` and `prefix` are those of deploy/base/envoy/envoy.yaml.
+
+    A rule takes the pods, the number of requests in them together, and the new request.
+    """
+    turns = count()
+
+    def least(pods: Sequence[Pod], _: int, __: Request) -> Pod:
+        drawn = pods if len(pods) <= 16 else rng.choices(pods, k=16)
+        return min(drawn, key=lambda pod: (pod.num_requests, rng.random()))
+
+    def prefix(pods: Sequence[Pod], total: int, request: Request) -> Pod:
+        """A ring with bounded loads (Mirrokni and others, 2018): at most 1.25 times the mean."""
+        bound = math.ceil(1.25 * (total + 1) / len(pods))
+        place = random.Random(request.conversation).randrange(len(pods))
+        for offset in range(len(pods)):
+            pod = pods[(place + offset) % len(pods)]
+            if pod.num_requests < bound:
+                return pod
+        return pods[place]
+
+    rules: dict[str, Balancer] = {
+        "random": lambda pods, _, __: rng.choice(pods),
+        "round-robin": lambda pods, _, __: pods[next(turns) % len(pods)],
+        "least": least,
+        "prefix": prefix,
+    }
+    return rules[name]

@@ -1,0 +1,175 @@
+"""Sends the same load to real pods and to simulated ones, and compares.
+
+Each pod is a Triton with the default model on a core of its own, behind the deployed Envoy. The
+costs must be those of such a pod: measured on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from fleet_model import Costs, PodSettings
+from fleet_studies import Arrival, Fleet, Study, Workload, made_up_arrivals
+from local_fleet import Envoy, Pod
+from tandem_client import AsyncClient, Options
+from triton_runtime import ROOT
+from triton_server import ServerError
+
+MODEL = ROOT / "model_repository/tandem"
+PROMPTS = ROOT / "prompts/held_out.jsonl"
+_FIRST = 0.25  # of the requests, while the pods fill
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of all requests, in seconds."""
+
+    first_token: list[float]
+    whole: list[float]
+
+    def figures(self) -> dict[str, float]:
+        """What is compared."""
+        start = int(_FIRST * len(self.first_token))
+        first, whole = self.first_token[start:], self.whole[start:]
+        return {
+            "time to first token, mean": float(np.mean(first)),
+            "time to first token, p50": float(np.quantile(first, 0.5)),
+            "time to first token, p95": float(np.quantile(first, 0.95)),
+            "whole answer, mean": float(np.mean(whole)),
+            "whole answer, p95": float(np.quantile(whole, 0.95)),
+        }
+
+
+def main() -> int:
+    """Measures, simulates, prints, and returns the exit status."""
+    arguments = parse_arguments()
+    model = json.loads((MODEL / "1/model.json").read_text(encoding="utf-8"))
+    settings = PodSettings(
+        model["max_num_seqs"],
+        512,
+        model["max_num_seqs"] * model["max_model_len"],
+        arguments.lookahead,
+    )
+    costs = Costs(
+        json.loads(arguments.costs.read_text(encoding="utf-8")),
+        arguments.drafter,
+        arguments.acceptance,
+    )
+    workload = Workload(arguments.prompt_tokens, arguments.output_tokens, 1, 0)
+    study = Study(costs, settings, workload, 1.0, Path())
+    try:
+        for num in arguments.pods:
+            rate = arguments.load * num * study.capacity()
+            arrivals = made_up_arrivals(workload, rate, arguments.seconds)
+            simulated = simulate(study, num, arrivals).figures()
+            measured = measure(num, arrivals, arguments.drafter, arguments.lookahead).figures()
+            print(f"{num} pods, {rate:.2f} requests/s, {len(arrivals)} requests")
+            print(f"{'':28}{'measured':>10}{'simulated':>11}{'ratio':>8}")
+            for name, seconds in measured.items():
+                ratio = simulated[name] / seconds
+                print(f"{name:28}{seconds:10.3f}{simulated[name]:11.3f}{ratio:8.2f}", flush=True)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def simulate(study: Study, num_pods: int, arrivals: list[Arrival]) -> Times:
+    """The same requests to simulated pods."""
+    requests = Fleet(study, num_pods, "least").replay(arrivals).requests
+    return Times(
+        [request.first_token_at - request.at for request in requests],
+        [request.done_at - request.at for request in requests],
+    )
+
+
+def measure(num_pods: int, arrivals: list[Arrival], drafter: str, lookahead: int) -> Times:
+    """The requests to real pods, when they come."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    cores = sorted(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pods = [
+            Pod(copy_model(folder / str(number)), [cores[number % len(cores)]])
+            for number in range(num_pods)
+        ]
+        for pod in pods:
+            stack.callback(pod.stop)
+            pod.start()
+        envoy = stack.enter_context(Envoy(pods, folder))
+        while envoy.num_healthy() < num_pods:
+            time.sleep(0.1)
+        options: Options = {"drafter": drafter, "temperature": 0.0, "ignore_eos": True}
+        if drafter != "none":
+            options["num_speculative_tokens"] = lookahead
+        return asyncio.run(send(envoy.url, arrivals, options))
+
+
+def copy_model(repository: Path) -> Path:
+    """The default model in a repository of its own."""
+    version = repository / "tandem/1"
+    version.mkdir(parents=True)
+    config = (MODEL / "config.pbtxt").read_text(encoding="utf-8")
+    (repository / "tandem/config.pbtxt").write_text(config, encoding="utf-8")
+    text = (MODEL / "1/model.json").read_text(encoding="utf-8")
+    (version / "model.json").write_text(text.replace("../../..", str(ROOT)), encoding="utf-8")
+    return repository
+
+
+async def send(url: str, arrivals: list[Arrival], options: Options) -> Times:
+    """Sends each request at its time, whatever became of the others."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / ".models/gemma-3-270m")
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["prompt"] for line in lines]
+    tokens = list(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    tokens *= 1 + max(arrival.num_prompt for arrival in arrivals) // len(tokens)
+    async with AsyncClient(url) as client:
+        # The first makes the connections.
+        await client.generate("x", max_tokens=1)
+        start = time.monotonic()
+
+        async def one(number: int, arrival: Arrival) -> tuple[float, float]:
+            await asyncio.sleep(start + arrival.at - time.monotonic())
+            offset = 37 * number % len(tokens)
+            prompt = (tokens[offset:] + tokens[:offset])[: arrival.num_prompt]
+            sent, first = time.monotonic(), 0.0
+            mine = options.copy()
+            mine["max_tokens"] = arrival.num_output
+            async for _ in client.stream(prompt, **mine):
+                first = first or time.monotonic() - sent
+            return first, time.monotonic() - sent
+
+        pairs = await asyncio.gather(*(one(*pair) for pair in enumerate(arrivals)))
+    return Times([first for first, _ in pairs], [whole for _, whole in pairs])
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--costs", type=Path, default=ROOT / "docs/scaling/costs-one-core.json")
+    parser.add_argument("--drafter", default="none")
+    parser.add_argument("--acceptance", type=float, nargs="+", default=[])
+    parser.add_argument("--lookahead", type=int, default=0, help="guesses a step (0)")
+    parser.add_argument("--pods", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--load", type=float, default=0.6, help="share of capacity (0.6)")
+    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--prompt-tokens", type=int, default=40)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
