@@ -301,3 +301,24 @@ def test_stats_show_the_prefix_hits_of_the_interval(
     console.print(render(compare(*samples)))
     (line,) = [one for one in console.file.getvalue().splitlines() if "prefix hits" in one]
     assert line.split() == ["prefix", "hits", rate]
+
+
+def test_stats_say_why_speculation_gains_little(capsys: pytest.CaptureFixture[str]) -> None:
+    """A reason that is over, at -1, is left out; a benchmark's coins are not."""
+
+    def reason(name: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+        advice = f"sequences [at once]: {name}"
+        labels = (("drafter", "mtp"), ("reason", name), ("advice", advice))
+        return "spec_decode_low_gain", labels
+
+    series = {reason("large_batch"): 16.0, reason("slow_drafter"): -1.0}
+    figures = compare(Sample(0.0, {}), Sample(1.0, series))
+    assert figures.low_gain == ["mtp: large_batch: 16.00 sequences [at once]: large_batch"]
+    assert not figures.is_synthetic
+    Console(width=200).print(render(figures))
+    output = capsys.readouterr().out
+    assert "mtp: large_batch: 16.00 sequences [at once]: large_batch" in output
+    assert "by coin" not in output
+    series["synthetic_acceptance", ()] = 1.0
+    Console(width=200).print(render(compare(Sample(0.0, {}), Sample(1.0, series))))
+    assert "Drafts are accepted by coin" in capsys.readouterr().out
