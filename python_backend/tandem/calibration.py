@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import median
+from typing import TypeVar
 
 import torch
 import transformers
@@ -35,9 +35,10 @@ logger = logging.getLogger("tandem")
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 _CONTEXT = 64
-_REPETITIONS = 3
+_REPETITIONS = 4
 _GUESSES = 3
 
+T = TypeVar("T")
 Accept = Callable[[list[ScheduledSequence], VerifierOutput], object]
 
 
@@ -114,10 +115,10 @@ class Calibration:
     def measure(self) -> Costs:
         """Measures every cost; see `Costs`."""
         with self._sequences() as sequences:
-            verify = self._verify_costs(sequences[0])
+            verify, sequence = self._verify_costs(sequences)
             return Costs(
-                verify=Curve(verify),
-                sequence=self._sequence_cost(sequences, verify),
+                verify=verify,
+                sequence=sequence,
                 prompt_token=self._prompt_token_cost(sequences[0]),
                 draft={name: self._draft_costs(name, sequences) for name in self._drafters},
             )
@@ -167,58 +168,72 @@ class Calibration:
         for drafter in self._drafters.values():
             drafter.observe(sequence, output.hidden[-1])
 
-    def _time(self, run: Callable[[], object], before: Callable[[], object] = int) -> float:
-        """The median of a few runs, each behind `before`; the first only warms up."""
-        seconds = []
-        for _ in range(1 + _REPETITIONS):
-            before()
-            started = time.perf_counter()
-            run()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            seconds.append(time.perf_counter() - started)
-        return median(seconds[1:])
+    def _time(
+        self, runs: Mapping[T, Callable[[], object]], before: Callable[[], object] = int
+    ) -> dict[T, float]:
+        """The shortest of a few times of each run, each behind `before`.
 
-    def _pass(self, sequences: list[Sequence], num_drafts: int) -> float:
+        All runs take turns, so that a slow while of the machine can't bend a curve.
+        """
+        seconds: dict[T, list[float]] = {key: [] for key in runs}
+        for _ in range(1 + _REPETITIONS):
+            for key, run in runs.items():
+                before()
+                started = time.perf_counter()
+                run()
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+                seconds[key].append(time.perf_counter() - started)
+        # The first only warms up.
+        return {key: min(each[1:]) for key, each in seconds.items()}
+
+    def _pass(self, sequences: list[Sequence], num_drafts: int) -> Callable[[], object]:
         draft = Draft([1 + i % 3 for i in range(num_drafts)])
         batch = [ScheduledSequence(s, 1, num_drafts, draft) for s in sequences]
-        return self._time(lambda: self._accept(batch, self._verifier.forward(batch)))
+        return lambda: self._accept(batch, self._verifier.forward(batch))
 
-    def _verify_costs(self, sequence: Sequence) -> dict[int, float]:
-        room = len(sequence.block_table) * self._scheduler.pool.block_size - sequence.num_computed
+    def _verify_costs(self, sequences: list[Sequence]) -> tuple[Curve, float]:
+        """A pass by its rows, for one sequence, and what each further sequence adds."""
+        first = sequences[0]
+        room = len(first.block_table) * self._scheduler.pool.block_size - first.num_computed
         limit = min(room, self._scheduler.max_num_batched_tokens)
-        return {rows: self._pass([sequence], rows - 1) for rows in _ROWS if rows <= limit}
-
-    def _sequence_cost(self, sequences: list[Sequence], verify: dict[int, float]) -> float:
         count = min(8, len(sequences))
-        if count == 1:
-            return 0.0
-        together = self._pass(sequences[:count], 0)
-        return max(0.0, together - Curve(verify)(count)) / (count - 1)
+        runs = {(1, rows): self._pass([first], rows - 1) for rows in _ROWS if rows <= limit}
+        runs[count, count] = self._pass(sequences[:count], 0)
+        seconds = self._time(runs)
+        together = seconds.pop((count, count)) if count > 1 else 0.0
+        verify = Curve({rows: each for (_, rows), each in seconds.items()})
+        return verify, max(0.0, together - verify(count)) / max(1, count - 1)
 
     def _prompt_token_cost(self, sequence: Sequence) -> float:
         """From passes over a half and the whole of a prompt."""
         known = sequence.num_computed
-        seconds = {}
-        for count in (known // 2, known):
+
+        def run(count: int) -> None:
             sequence.num_computed = known - count
-            part = ScheduledSequence(sequence, count, 0)  # yields no token
-            seconds[count] = self._time(partial(self._verifier.forward, [part]))
+            self._verifier.forward([ScheduledSequence(sequence, count, 0)])  # yields no token
+
+        seconds = self._time({count: partial(run, count) for count in (known // 2, known)})
         sequence.num_computed = known
         return max(0.0, seconds[known] - seconds[known // 2]) / (known - known // 2)
 
     def _draft_costs(self, name: str, sequences: list[Sequence]) -> DraftCosts:
+        counts = [c for c in _SEQUENCES if c <= len(sequences)]
+        runs = {
+            (count, guesses): self._round(name, sequences[:count], guesses)
+            for count in counts
+            for guesses in (1, _GUESSES)
+        }
+        # A pass leaves nothing of the drafter's weights in the processor's caches.
+        step = [ScheduledSequence(sequences[0], 1, 0)]
+        seconds = self._time(runs, lambda: self._verifier.forward(step))
         begin, guess = {}, {}
-        for count in (c for c in _SEQUENCES if c <= len(sequences)):
-            few, many = (self._round(name, sequences[:count], n) for n in (1, _GUESSES))
+        for count in counts:
+            few, many = seconds[count, 1], seconds[count, _GUESSES]
             guess[count] = max(0.0, many - few) / (_GUESSES - 1)
             begin[count] = max(0.0, few - guess[count])
         return DraftCosts(Curve(begin), Curve(guess))
 
-    def _round(self, name: str, sequences: list[Sequence], num_guesses: int) -> float:
-        requests = [DraftRequest(sequence, num_guesses) for sequence in sequences]
-        # A pass leaves nothing of the drafter's weights in the processor's caches.
-        step = [ScheduledSequence(sequences[0], 1, 0)]
-        return self._time(
-            lambda: self._drafters[name].propose(requests), lambda: self._verifier.forward(step)
-        )
+    def _round(self, name: str, sequences: list[Sequence], guesses: int) -> Callable[[], object]:
+        requests = [DraftRequest(sequence, guesses) for sequence in sequences]
+        return lambda: self._drafters[name].propose(requests)

@@ -1,0 +1,108 @@
+"""The sweep that measures costs: it leaves nothing behind, and is done once for a configuration."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from made_up_costs import costs
+from tandem import Engine, EngineConfig, SamplingParams
+from tandem.costs import CostModel, Costs, Curve
+from tandem.lookahead import AdaptiveLookahead
+from tiny_engines import TinyModels
+
+
+@pytest.fixture
+def load(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes adaptive engines whose costs are kept in `tmp_path`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = str(tiny.verifier("llama"))
+    drafters = {"ngram": {}, "causal_lm": {"model": model}}
+
+    def make(**changes: Any) -> Engine:
+        settings = {
+            "verifier": model,
+            "dtype": "float32",
+            "drafters": drafters,
+            "max_num_seqs": 4,
+            "max_model_len": 100,
+            **changes,
+        }
+        return Engine(EngineConfig(**settings))
+
+    return make
+
+
+def kept(directory: Path) -> list[Path]:
+    return list((directory / "tandem").glob("costs-*.json"))
+
+
+def test_costs_are_measured_once(
+    load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "tandem"):
+        engine = load()
+        assert "measured costs of drafting and verifying" in caplog.text
+        caplog.clear()
+        load()
+        assert "measured costs" not in caplog.text
+        load(max_num_seqs=5)
+        assert "measured costs" in caplog.text
+    assert len(kept(tmp_path)) == 2
+    assert isinstance(engine.lookahead, AdaptiveLookahead)
+    model = engine.lookahead.costs
+    assert 0 < model.verify(1, 1) <= model.verify(32, 1) <= model.verify(32, 4)
+    for drafter in engine.drafters:
+        assert 0 <= model.draft(drafter, 1, 1) <= model.draft(drafter, 4, 4)
+    assert model.draft("causal_lm", 1, 2) > model.draft("ngram", 1, 2)
+    # Nothing is left of the made-up sequences.
+    engine.check_integrity()
+    assert engine.load.num_blocks_used == 0
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    outputs = [next(engine.generate([[9, 8, 7]], params, drafter=n)) for n in ("none", "causal_lm")]
+    assert outputs[0].token_ids == outputs[1].token_ids
+
+
+def test_a_file_that_cannot_be_read_is_made_anew(load: Any, tmp_path: Path) -> None:
+    load()
+    [path] = kept(tmp_path)
+    good = path.read_text()
+    path.write_text(good[:40])
+    load()
+    assert json.loads(path.read_text()).keys() == json.loads(good).keys()
+
+
+def test_a_pool_with_room_for_one_sequence_is_measured_too(load: Any) -> None:
+    engine = load(max_num_seqs=1, kv_cache_tokens=112, max_num_batched_tokens=16)
+    assert engine.load.num_blocks_used == 0
+    assert engine.lookahead.costs.verify(4, 1) > 0
+
+
+def test_costs_survive_a_file() -> None:
+    made_up = costs("ngram", "model")
+    again = Costs.from_json(json.loads(json.dumps(made_up.to_json())))
+    assert again.to_json() == made_up.to_json()
+
+
+def test_a_curve_is_linear_between_points_and_beyond() -> None:
+    curve = Curve({2: 1.0, 4: 2.0, 8: 1.5})  # more never costs less
+    assert [curve(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [1.0, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
+    assert Curve({1: 3.0})(100) == 3.0
+
+
+def test_what_is_observed_corrects_the_costs() -> None:
+    model = CostModel(costs("model"))
+    for _ in range(200):
+        model.observe_verify(8, 8, 0, 2 * 0.0244)
+        model.observe_draft("model", 4, 2, 0.02)
+        model.observe_rest(0.001)
+    assert model.verify(8, 8) == pytest.approx(2 * 0.0244, rel=0.05)
+    assert model.draft("model", 4, 2) == pytest.approx(0.02, rel=0.05)
+    assert model.rest == pytest.approx(0.001, rel=0.05)
+    before = model.verify(8, 8)
+    model.observe_verify(8, 8, 0, 10.0)  # a pause of the machine
+    assert model.verify(8, 8) < 1.1 * before
