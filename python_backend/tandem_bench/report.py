@@ -59,14 +59,19 @@ def _exists(output: Path, name: str) -> bool:
 
 
 def stated(results: dict[str, Any]) -> str:
-    """The conditions of a part, as one sentence."""
-    machine = results["conditions"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers"))
-    settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
-    return (
-        f"{machine['cpu']} ({', '.join(machine['cpu_flags'])}), {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB; {versions}; code {machine['code']}. {settings}"
-    ).strip()
+    """The conditions of a part, in a line."""
+    machine, settings = results["conditions"], dict(results["settings"])
+    verifier = Path(settings.pop("model")["verifier"]).name
+    return "; ".join(
+        [
+            verifier,
+            f"{machine['cpu']} ({', '.join(machine['cpu_flags'])}), {machine['cores']} cores, "
+            f"{machine['memory_gib']} GiB",
+            ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers")),
+            f"code {machine['code']}",
+            *(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()),
+        ]
+    )
 
 
 def main_table(peers: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -62,7 +63,8 @@ class Settings:
     def results(self, part: str, names: Items[str], **more: Any) -> Results:
         """The file of one part; `names` are the settings above that its figures depend on."""
         chosen = {name: getattr(self, name) for name in names}
-        return Results(self.output / f"{part}.json", {**chosen, **more})
+        model = json.loads(self.config.read_text(encoding="utf-8"))
+        return Results(self.output / f"{part}.json", {**chosen, **more, "model": model})
 
 
 def turned(items: Items[str], by: int) -> list[str]:
