@@ -11,13 +11,14 @@ outcome; such a sequence is tried again now and then.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
 from tandem.costs import CostModel
+from tandem.draft_plan import BarePass, Plan, best_plan
 from tandem.estimates import Estimates
 from tandem.sequence import ScheduledSequence, Sequence
 
@@ -32,8 +33,6 @@ _PROBE_SEQUENCES = 4
 _PROBE_GUESSES = 1
 # The share of a pass that doesn't count.
 _NOTHING = 0.01
-# Rows over which the slope of the pass's cost is taken.
-_AHEAD = 16
 
 
 def draft_limit(sequence: Sequence, max_model_len: int) -> int:
@@ -119,9 +118,9 @@ class AdaptiveLookahead(Lookahead):
         self._max_prefill_slowdown = max_prefill_slowdown
         self.estimates = Estimates()
         self._advantage = _Advantage()
-        self._plan = _Plan(1, 1, frozenset())
+        self._plan = Plan(1, 1, frozenset())
         self._price = 0.0  # tokens that a second is worth
-        self._base = _Pass(0, 0, 0)
+        self._base = BarePass(0, 0, 0)
         self._idle_rounds: defaultdict[str, int] = defaultdict(int)
         self._idle_steps: defaultdict[int, int] = defaultdict(int)
         self._probed: set[int] = set()
@@ -139,11 +138,11 @@ class AdaptiveLookahead(Lookahead):
 
     def plan(self, batch: Items[ScheduledSequence]) -> None:
         """See `Lookahead.plan`."""
-        self._base = _Pass.of(batch)
+        self._base = BarePass.of(batch)
         self._probed.clear()
         free = [s for s in batch if s.num_draft_tokens > 0 and self._is_free(s)]
         gains = {s: self._gains(s) for s in free}
-        self._plan = best = self._best_plan(free, gains)
+        self._plan = best = best_plan(self._base, gains, self.costs)
         self._price = best.tokens / best.seconds * self._advantage.value
         limits = {s: s.num_draft_tokens for s in free}
         for scheduled in free:
@@ -161,48 +160,8 @@ class AdaptiveLookahead(Lookahead):
         chances = self.estimates.chances(scheduled.sequence, scheduled.num_draft_tokens)
         return list(accumulate(chances, mul))
 
-    def _best_plan(
-        self, free: Items[ScheduledSequence], gains: Mapping[ScheduledSequence, list[float]]
-    ) -> _Plan:
-        """The plan with the most tokens a second, taking the likeliest guesses first."""
-        tokens = float(max(1, self._base.num_rows))
-        best = _Plan(tokens, self.costs.rest + self._verify(self._base.num_rows), frozenset())
-        least = best.tokens / best.seconds * self._least_seconds()
-        guesses = sorted(
-            (
-                (gain, -position, index, s.sequence.drafter)
-                for index, s in enumerate(free)
-                for position, gain in enumerate(gains[s])
-                if gain > least
-            ),
-            reverse=True,
-        )
-        sequences: dict[str, set[int]] = defaultdict(set)
-        depths: dict[str, int] = defaultdict(int)
-        draft: dict[str, float] = {}
-        num_best = 0
-        for count, (gain, position, index, drafter) in enumerate(guesses, start=1):
-            if index not in sequences[drafter] or depths[drafter] < 1 - position:
-                sequences[drafter].add(index)
-                depths[drafter] = max(depths[drafter], 1 - position)
-                draft[drafter] = self.costs.draft(drafter, len(sequences[drafter]), depths[drafter])
-            tokens += gain
-            seconds = self.costs.rest + sum(draft.values())
-            seconds += self._verify(self._base.num_rows + count)
-            if tokens * best.seconds > best.tokens * seconds:
-                best = _Plan(tokens, seconds, frozenset())
-                num_best = count
-        chosen = frozenset(free[index] for _, _, index, _ in guesses[:num_best])
-        return _Plan(best.tokens, best.seconds, chosen)
-
-    def _least_seconds(self) -> float:
-        """What a draft adds to the pass at least."""
-        rows = self._base.num_rows
-        return (self._verify(rows + _AHEAD) - self._verify(rows)) / _AHEAD / 2
-
     def _verify(self, num_rows: int) -> float:
-        base = self._base
-        return self.costs.verify(num_rows, base.num_sequences, base.num_prompt_tokens)
+        return self._base.seconds(self.costs, num_rows)
 
     def _probe(self, limits: Mapping[ScheduledSequence, int]) -> None:
         """Gives sequences without drafts one now and then: things may have changed."""
@@ -341,27 +300,3 @@ class AdaptiveLookahead(Lookahead):
         """See `Lookahead.forget`."""
         self.estimates.forget(sequence)
         self._idle_steps.pop(sequence.id, None)
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A step's verifier pass without any drafts."""
-
-    num_rows: int
-    num_sequences: int
-    num_prompt_tokens: int
-
-    @classmethod
-    def of(cls, batch: Iterable[ScheduledSequence]) -> _Pass:
-        batch = list(batch)
-        num_rows = sum(s.yields_token for s in batch)
-        return cls(num_rows, len(batch), sum(s.num_tokens for s in batch) - num_rows)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Which sequences get drafts, and what that would bring."""
-
-    tokens: float
-    seconds: float
-    chosen: frozenset[ScheduledSequence]
