@@ -65,9 +65,9 @@ def run(settings: Settings) -> None:
             shown.advance()
 
 
-def load_engine(settings: Settings) -> Engine:
+def load_engine(settings: Settings, **changes: Any) -> Engine:
     """An engine whose drafter may guess as far as is compared."""
-    config = settings.engine_config()
+    config = settings.engine_config(**changes)
     drafters = {DRAFTER: {**config.drafters[DRAFTER], "num_speculative_tokens": MAX_LOOKAHEAD}}
     return Engine(replace(config, drafters=drafters, default_drafter=DRAFTER))
 
@@ -177,13 +177,14 @@ def order(key: str) -> tuple[str, int]:
 
 def run_noise(settings: Settings) -> None:
     """Measures the acceptance of both kinds of guesses at temperatures above 0."""
-    results = settings.results(NOISE_PART, ("num_prompts", "max_tokens"))
+    results = settings.results(NOISE_PART, ("num_prompts", "max_tokens"), dtype="float32")
     todo = [t for t in TEMPERATURES if f"{t:g}" not in results]
     if not todo:
         return
     with bar(NOISE_PART, 2 * len(todo), results) as shown:
         shown.say("loading")
-        engine = load_engine(settings)
+        # Without ties of rounding, so that the same text is the same to the last token.
+        engine = load_engine(settings, dtype="float32", lookahead="fixed")
         for temperature in todo:
             cell: dict[str, Any] = {}
             texts = []
