@@ -54,8 +54,11 @@ class Study:
         lookahead = costs.best_lookahead(num) if fixed is None else min(fixed, costs.max_lookahead)
         token = costs.step(num, 0, lookahead) / num / costs.tokens(lookahead)
         prompt = costs.step(1, 100, 0) / 100 - costs.step(1, 0, 0) / 100
-        mean = self.workload.prompt_tokens * prompt + self.workload.output_tokens * token
-        return 1 / mean
+        work = self.workload
+        # Each turn's prompt holds all before it.
+        turn = work.prompt_tokens + work.output_tokens
+        num_prompt = work.prompt_tokens + turn * (work.turns - 1) / 2
+        return 1 / (num_prompt * prompt + work.output_tokens * token)
 
 
 @dataclass(frozen=True)
@@ -249,8 +252,8 @@ def load(study: Study, pods: Sequence[int]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for num in pods:
         rows = []
-        # Enough requests for a 99th percentile, of few pods too.
-        seconds = max(_RUN_SECONDS, 2000 / capacity / num)
+        # Enough requests for a 99th percentile with few pods, and not too many with a thousand.
+        seconds = max(60.0, min(2000.0, 20_000 / capacity / num))
         for share in shares:
             rate = share * num * capacity
             fleet = Fleet(study, num, "least").run(_steady(rate), seconds)

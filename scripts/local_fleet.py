@@ -41,7 +41,8 @@ def free_ports(count: int) -> list[int]:
 
 def container() -> dict[str, Any]:
     """The manifest of the server's container."""
-    deployment = next(iter(yaml.safe_load_all(SERVER.read_text(encoding="utf-8"))))
+    objects = yaml.safe_load_all(SERVER.read_text(encoding="utf-8"))
+    deployment = next(each for each in objects if each["kind"] == "Deployment")
     found: dict[str, Any] = deployment["spec"]["template"]["spec"]["containers"][0]
     return found
 

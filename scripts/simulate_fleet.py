@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         "--acceptance",
         type=float,
         nargs="+",
-        default=[0.61, 0.61, 0.58, 0.55],
+        default=[0.579, 0.682, 0.684, 0.678],
         metavar="P",
         help="chance of each guess, if those before it were accepted",
     )

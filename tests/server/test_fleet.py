@@ -96,7 +96,9 @@ class Load:
         wait_until(lambda: len(self.running) == self._concurrency)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self.wanted = 0
         self._thread.join()
 
 
@@ -125,7 +127,7 @@ def test_a_killed_pod_takes_only_its_own_streams_along(pods: list[Pod], envoy: E
         killed_at = time.monotonic()
         assert pods[0].probe("/ready") == 0
         running = set(load.running)
-        wait_until(lambda: load.num_started > NUM_STREAMS // 2)
+        wait_until(lambda: load.num_started > NUM_STREAMS // 2, seconds=60)
         load.wanted = load.num_started
     # Of those that ran, the pod's own; of those that came later, none.
     assert 1 <= len(load.errors) < len(running)
