@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from functools import partial
 from typing import Any
 
 import psutil
 
-from tandem import Engine
+from tandem import Engine, SamplingParams
 from tandem_bench.figures import median
 from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar
@@ -17,8 +18,10 @@ from tandem_bench.workload import prompt_of_length, repeat_to_fill
 PART = "growth"
 _STEPS = 24
 _WARM_UP_STEPS = 4
-# What a step adds at most, with drafts; room behind the prompt.
-_ROOM = (_STEPS + _WARM_UP_STEPS) * 8
+# Room behind the prompt for what the steps add at most, with drafts.
+_ROOM = (_STEPS + _WARM_UP_STEPS) * 17
+# The longest of the short prompts.
+_SHORT = 512
 
 
 def run(settings: Settings, contexts: tuple[int, ...]) -> None:
@@ -36,12 +39,12 @@ def run(settings: Settings, contexts: tuple[int, ...]) -> None:
     with bar(PART, len(todo), results) as shown:
         shown.say("loading")
         longest = max(contexts) + _ROOM
-        engine = Engine(
-            settings.engine_config(
-                max_model_len=longest,
-                kv_cache_tokens=max(longest, max(settings.concurrencies) * (_ROOM + 128)),
-            )
-        )
+        num_tokens = max(longest, max(settings.concurrencies) * (_SHORT + _ROOM))
+        config = settings.engine_config(max_model_len=longest)
+        # Whole blocks are allocated.
+        num_blocks = -(-num_tokens // config.block_size)
+        config = dataclasses.replace(config, kv_cache_tokens=num_blocks * config.block_size)
+        engine = Engine(config)
         prompts = settings.prompts()
         for kind, size, drafter in todo:
             shown.say(f"{kind} {size}, {drafter}")
@@ -50,7 +53,7 @@ def run(settings: Settings, contexts: tuple[int, ...]) -> None:
                 if kind == "context"
                 else repeat_to_fill(prompts, size)[:size]
             )
-            cell, surroundings = undisturbed(partial(measure, engine, load, drafter, settings))
+            cell, surroundings = undisturbed(partial(measure, engine, load, drafter))
             results.put(key(kind, size, drafter), {**cell, **surroundings})
             shown.advance()
 
@@ -60,11 +63,10 @@ def key(kind: str, size: int, drafter: str) -> str:
     return f"{kind} {size} {drafter}"
 
 
-def measure(
-    engine: Engine, prompts: list[list[int]], drafter: str, settings: Settings
-) -> dict[str, Any]:
+def measure(engine: Engine, prompts: list[list[int]], drafter: str) -> dict[str, Any]:
     """Prefills all prompts at once, then times steps in which all of them decode."""
-    sequences = [engine.make_sequence(p, settings.params, drafter=drafter) for p in prompts]
+    params = SamplingParams(max_tokens=_ROOM, temperature=0.0, ignore_eos=True)
+    sequences = [engine.make_sequence(prompt, params, drafter=drafter) for prompt in prompts]
     start = time.perf_counter()
     for sequence in sequences:
         engine.add(sequence)
@@ -76,6 +78,7 @@ def measure(
         start = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - start)
+    assert all(sequence.is_decoding for sequence in sequences), "a sequence ended too early"
     blocks = engine.load.num_blocks_used
     for sequence in sequences:
         engine.cancel(sequence)
