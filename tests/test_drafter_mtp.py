@@ -15,8 +15,9 @@ from transformers.generation.candidate_generator import SinglePositionMultiToken
 
 from doubles import plain, prompt_of, run
 from tandem import DrafterMismatchError, Engine, EngineConfig, SamplingParams
-from tandem.drafters import DraftRequest
+from tandem.drafters import DraftRequest, GoesOn, always
 from tandem.sampling import Draw, sample
+from tandem.sequence import Draft
 from tiny_engines import TinyModels
 from tiny_models import ASSISTANTS, WINDOW, save_assistant
 
@@ -39,9 +40,9 @@ def record(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Round]:
     accepted: dict[int, int] = {}
     propose = engine.drafters["mtp"].propose
 
-    def keep(requests: Sequence[DraftRequest]) -> list[list[int]]:
-        drafts = propose(requests)
-        for (sequence, num_tokens), draft_ids in zip(requests, drafts, strict=True):
+    def keep(requests: Sequence[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
+        drafts = propose(requests, goes_on)
+        for (sequence, num_tokens), (draft_ids, *_) in zip(requests, drafts, strict=True):
             all_accepted = sequence.num_draft_tokens == sequence.num_accepted_tokens
             previous = accepted.get(sequence.id, 0)
             rejected = not all_accepted and sequence.num_draft_tokens > previous
@@ -161,14 +162,15 @@ def test_guesses_start_from_the_last_accepted_token(
     propose = engine.drafters["mtp"].propose
     rounds: list[tuple[list[int], list[int]]] = []
 
-    def replace_drafts(requests: Sequence[DraftRequest]) -> list[list[int]]:
+    def replace_drafts(requests: Sequence[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
         drafts = []
         for (sequence, num_tokens), guesses in zip(requests, propose(requests), strict=True):
             if num_tokens == LOOKAHEAD:
-                rounds.append((list(sequence.token_ids), guesses))
+                rounds.append((list(sequence.token_ids), guesses.token_ids))
             start = sequence.num_output_tokens
             right = texts[sequence.seed][start : start + num_tokens]
-            drafts.append(right[:num_right] + [token ^ 1 for token in right[num_right:]])
+            wrong = [token ^ 1 for token in right[num_right:]]
+            drafts.append(Draft(right[:num_right] + wrong))
         return drafts
 
     monkeypatch.setattr(engine.drafters["mtp"], "propose", replace_drafts)
@@ -196,9 +198,9 @@ def test_guesses_share_the_verifiers_noise(
     propose = engine.drafters["mtp"].propose
     rounds: list[tuple[list[int], list[int]]] = []
 
-    def keep(requests: Sequence[DraftRequest]) -> list[list[int]]:
-        drafts = propose(requests)
-        rounds.append((list(requests[0].sequence.token_ids), drafts[0]))
+    def keep(requests: Sequence[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
+        drafts = propose(requests, goes_on)
+        rounds.append((list(requests[0].sequence.token_ids), drafts[0].token_ids))
         return drafts
 
     monkeypatch.setattr(engine.drafters["mtp"], "propose", keep)

@@ -11,9 +11,10 @@ import torch
 
 from doubles import plain, prompt_of, run
 from tandem import DrafterMismatchError, Engine, EngineConfig, SamplingParams
-from tandem.drafters import DraftRequest
+from tandem.drafters import DraftRequest, GoesOn, always
 from tandem.drafters.assistant import Assistant
 from tandem.loading import load_model
+from tandem.sequence import Draft
 from tandem_train.corpus import TrainingText
 from tandem_train.features import DENSE_ATTENTION, FeatureStore
 from tandem_train.start import default_source_layers, fit_pre_projection, new_assistant
@@ -85,12 +86,12 @@ def test_serving_guesses_what_training_guesses(
     propose = engine.drafters["mtp"].propose
     rounds: list[tuple[list[int], list[int]]] = []
 
-    def keep(requests: Sequence[DraftRequest]) -> list[list[int]]:
-        drafts = propose(requests)
+    def keep(requests: Sequence[DraftRequest], goes_on: GoesOn = always) -> list[Draft]:
+        drafts = propose(requests, goes_on)
         rounds.extend(
-            (list(request.sequence.token_ids), ids)
-            for request, ids in zip(requests, drafts, strict=True)
-            if len(ids) == LOOKAHEAD
+            (list(request.sequence.token_ids), draft.token_ids)
+            for request, draft in zip(requests, drafts, strict=True)
+            if len(draft.token_ids) == LOOKAHEAD
         )
         return drafts
 

@@ -472,7 +472,10 @@ def test_the_readme_lists_the_metrics(server: TritonServer) -> None:
                 found[name] = others
         return found
 
-    wait_until(lambda: shown() == expected)
+    # There once a minute has shown that speculation gains little.
+    wait_until(
+        lambda: {n: v for n, v in shown().items() if n != "spec_decode_low_gain"} == expected
+    )
 
 
 def test_latencies_are_counted_by_request(server: TritonServer) -> None:

@@ -112,9 +112,7 @@ def gateway_entries(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def test_a_request_has_one_id_and_one_trace(
-    pod: Pod, gateway: tuple[str, Path], collector: Collector, request: Any
-) -> None:
+def test_a_request_has_one_id_and_one_trace(pod: Pod, gateway: tuple[str, Path]) -> None:
     url, log = gateway
     body = {"model": "tandem", "prompt": "hello", "max_tokens": 5, "temperature": 0}
     answer = requests.post(
@@ -135,9 +133,6 @@ def test_a_request_has_one_id_and_one_trace(
     served = entry(server_entries(pod))
     assert served["trace_id"] == TRACE
     assert (served["outcome"], served["num_output_tokens"]) == ("length", 5)
-    if "traced" in request.node.name:
-        trace = bytes.fromhex(TRACE)
-        wait_until(lambda: any(trace in spans for spans in collector.spans), seconds=30)
 
 
 def test_a_refused_request_is_logged_with_the_reason(pod: Pod) -> None:
