@@ -155,12 +155,17 @@ class Exchange:
         is_reset = code is grpc.StatusCode.INTERNAL and "RST_STREAM" in (details or "")
         if code is not grpc.StatusCode.UNAVAILABLE and not is_reset:
             return RequestError(f"{code.name}: {details}", _CODES.get(code, "INTERNAL"))
-        if self._answered or is_reset:
+        # Everything but a connection that never was: a server, or the one behind a proxy, is lost.
+        if self._answered or not _is_unreachable(details or ""):
             return ServerUnavailableError(f"lost the connection to {self._url}: {details}")
         return ServerUnavailableError(
             f"no server answers at {self._url}: start one with `make serve`, or give the address "
             "of its gRPC service"
         )
+
+
+def _is_unreachable(details: str) -> bool:
+    return "failed to connect" in details.lower() or "DNS resolution" in details
 
 
 _CODES = {

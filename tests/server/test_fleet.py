@@ -177,9 +177,10 @@ def test_a_full_server_is_live_and_ready_and_refuses_clearly(
     try:
         pod.start()
         with Stream(pod.server) as full, Stream(pod.server) as late:
-            for number in range(8):
+            # One after the other: the short queue would refuse some of eight at once.
+            for number in range(1, 9):
                 full.send(str(number), "on and on", **ENDLESS)
-            wait_until(lambda: metric(pod.server, "num_requests_running") == 8)
+                wait_until(lambda n=number: metric(pod.server, "num_requests_running") == n)
             for number in range(20):
                 late.send(str(number), "too many", max_tokens=3)
             errors = [r.error for r in late.responses(8).values()]

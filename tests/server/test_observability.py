@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -89,6 +90,8 @@ class Prometheus:
         except requests.ConnectionError:
             assert self._process.poll() is None, self.log.read_text()
             return {}
+        if answer.status_code == 503:  # it is starting
+            return {}
         assert answer.ok, answer.text
         return answer.json()["data"]
 
@@ -126,7 +129,8 @@ class Traffic:
         with Client(f"127.0.0.1:{self._pod.grpc_port}") as client:
             while not self._stopped.is_set():
                 try:
-                    for _ in client.stream("a prompt " * 20, **self._options):
+                    # Each its own prompt, so that nothing is found in the prefix cache.
+                    for _ in client.stream(f"{uuid4()}", **self._options):
                         if self._stopped.is_set():
                             break
                 except TandemClientError:
@@ -143,10 +147,10 @@ class Traffic:
 
 @pytest.fixture
 def pods(tmp_path: Path, make_pod: Callable[..., Pod]) -> Iterator[dict[str, Pod]]:
-    """Two; in the second's cache two or three requests have room."""
+    """Two; the second has places for 32 requests, and room in its cache for a few of them."""
     pods = {
         "a": make_pod(tmp_path / "a"),
-        "b": make_pod(tmp_path / "b", max_model_len=1600, kv_cache_tokens=1600),
+        "b": make_pod(tmp_path / "b", max_num_seqs=32, max_model_len=1600, kv_cache_tokens=1600),
     }
     try:
         for pod in pods.values():
@@ -196,7 +200,7 @@ def test_prometheus_records_the_load_and_every_alert_fires(
     sampled: dict[str, Any] = {"temperature": 1.0}
     with (
         Traffic(a, 8, max_tokens=8000, **sampled) as at_a,
-        Traffic(b, 8, max_tokens=600, **sampled),
+        Traffic(b, 32, max_tokens=600, **sampled),
     ):
         last = time.monotonic()
 

@@ -38,6 +38,9 @@ class Collector(ThreadingHTTPServer):
                 self.send_response(200)
                 self.end_headers()
 
+            def log_message(self, *_: object) -> None:
+                pass
+
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
