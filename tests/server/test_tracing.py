@@ -115,7 +115,9 @@ def gateway_entries(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def test_a_request_has_one_id_and_one_trace(pod: Pod, gateway: tuple[str, Path]) -> None:
+def test_a_request_has_one_id_and_one_trace(
+    pod: Pod, gateway: tuple[str, Path], collector: Collector, request: Any
+) -> None:
     url, log = gateway
     body = {"model": "tandem", "prompt": "hello", "max_tokens": 5, "temperature": 0}
     answer = requests.post(
@@ -136,6 +138,8 @@ def test_a_request_has_one_id_and_one_trace(pod: Pod, gateway: tuple[str, Path])
     served = entry(server_entries(pod))
     assert served["trace_id"] == TRACE
     assert (served["outcome"], served["num_output_tokens"]) == ("length", 5)
+    if "traced" in request.node.name:
+        wait_until(lambda: any(TRACE.encode() in spans for spans in collector.spans))
 
 
 def test_a_refused_request_is_logged_with_the_reason(pod: Pod) -> None:
