@@ -52,12 +52,16 @@ class Costs:
             drafter: what a round costs to `begin`, and each `guess`, by number of sequences.
         drafter: one of those, or "none".
         acceptance: the chance of each guess, if those before it were accepted.
+        rest: seconds of a step beside all this: scheduling, and what goes to Triton and back.
 
     Raises:
         ValueError: the values are no such thing, or lack the drafter.
     """
 
-    def __init__(self, values: Any, drafter: str, acceptance: Sequence[float]) -> None:
+    def __init__(
+        self, values: Any, drafter: str, acceptance: Sequence[float], rest: float = 0.0
+    ) -> None:
+        self._rest = rest
         try:
             self._verify = Curve(values["verify"])
             self._sequence = float(values["sequence"])
@@ -79,10 +83,15 @@ class Costs:
     def step(self, num_sequences: int, num_prompt_tokens: int, lookahead: int) -> float:
         """Seconds of a step in which all sequences draft `lookahead` tokens."""
         rows = max(1, num_sequences * (lookahead + 1))
-        seconds = self._verify(rows) + self._sequence * max(0, num_sequences - 1)
+        seconds = self._rest + self._verify(rows) + self._sequence * max(0, num_sequences - 1)
         if lookahead:
             seconds += self._begin(num_sequences) + lookahead * self._guess(num_sequences)
         return seconds + self._prompt_token * num_prompt_tokens
+
+    def max_prompt_tokens(self, num_decoding: int, slowdown: float) -> int:
+        """Tokens of prompts with which a step takes at most `slowdown` times as long."""
+        spare = (slowdown - 1) * self.step(num_decoding, 0, 0)
+        return max(1, int(spare / self._prompt_token)) if self._prompt_token > 0 else 2**31
 
     def tokens(self, lookahead: int) -> float:
         """Tokens that a step is expected to give a sequence."""
@@ -133,6 +142,7 @@ class PodSettings:
     max_num_batched_tokens: int
     kv_cache_tokens: int
     lookahead: int | None  # None: what pays best
+    max_prefill_slowdown: float = 2.0
 
 
 class Pod:
@@ -206,7 +216,11 @@ class Pod:
         """One step: decoding sequences first, and prompts with what is left of the budget."""
         lookahead = self._lookahead()
         decoding = len(self._decoding)
-        budget = max(1, self._settings.max_num_batched_tokens - decoding * (lookahead + 1))
+        limits = self._settings
+        budget = max(1, limits.max_num_batched_tokens - decoding * (lookahead + 1))
+        if decoding:
+            slowdown = limits.max_prefill_slowdown
+            budget = min(budget, self._costs.max_prompt_tokens(decoding, slowdown))
         left, ready, used = [], [], 0
         for request, tokens in self._prefilling:
             chunk = min(tokens, budget - used)

@@ -72,6 +72,7 @@ class Completion:
     num_draft_tokens: int
     num_accepted_tokens: int
     elapsed: float
+    time_to_first_token: float | None = None
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk], elapsed: float) -> Completion:
@@ -88,6 +89,7 @@ class Completion:
             num_draft_tokens=sum(chunk.num_draft_tokens for chunk in chunks),
             num_accepted_tokens=sum(chunk.num_accepted_tokens for chunk in chunks),
             elapsed=elapsed,
+            time_to_first_token=chunks[-1].time_to_first_token if chunks else None,
         )
 
     @property
