@@ -1,11 +1,14 @@
 """Attention over the block pool, registered with transformers under the name `ATTENTION`.
 
-All sequences of a pass lie in one row without padding. Each attends to its own slots of the pool:
-in place where its blocks are contiguous, gathered where they are not.
+All sequences of a pass lie in one row without padding. Each attends to its own slots of the pool.
+On a CPU the few queries of a decoding sequence go through a kernel that reads the blocks in place,
+all sequences in one call. Prompts, and everything where there is no such kernel, go through torch's
+attention, sequence by sequence: in place where the blocks are contiguous, gathered where not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -15,10 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from tandem.errors import UnsupportedModelError
+from tandem.kernels import AttentionKernel, Queries, attention_kernel
 
 ATTENTION = "tandem"
 # What transformers passes for soft-capped scores and for attention sinks.
 _UNSUPPORTED = ("softcap", "s_aux")
+# From so many queries of one sequence on, matrix products win over the kernel.
+_MANY_QUERIES = 16
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class PackedBatch:
     With `causal`, a span's queries are the last of its `kv_len` tokens, whose K/V this pass
     writes. Without, the queries stand behind them and see all: that is how a drafter reads its
     verifier's cache.
+
+    With `batch_invariant`, all queries go through the kernel, in which a query's result depends, to
+    the last bit, on nothing but its own keys.
     """
 
     def __init__(
@@ -55,12 +64,17 @@ class PackedBatch:
         device: torch.device,
         *,
         causal: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         self._spans = spans
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
         self._causal = causal
+        self.kernel: AttentionKernel | None = attention_kernel(device, dtype)
+        assert self.kernel is not None or not batch_invariant
+        self._too_many = math.inf if batch_invariant else _MANY_QUERIES
+        self._queries: dict[int | None, Queries | None] = {}
         self._reads: dict[tuple[int | None, int], list[_Read]] = {}
 
     def slots(self) -> Tensor:
@@ -73,27 +87,51 @@ class PackedBatch:
         ]
         return torch.tensor(slots, device=self._device)
 
+    def queries(self, window: int | None) -> Queries | None:
+        """What the kernel computes in layers with this window, if anything; worked out once."""
+        if window not in self._queries:
+            tables: list[int] = []
+            queries: list[tuple[int, int, int, int]] = []
+            row = 0
+            for span in self._spans:
+                if self._uses_kernel(span):
+                    for offset in range(span.num_queries):
+                        stop = span.kv_len
+                        if self._causal:
+                            stop += offset + 1 - span.num_queries
+                        first = self._first_key(stop, window)
+                        queries.append((row + offset, len(tables), first, stop))
+                    tables += span.block_table[: -(-span.kv_len // self._block_size)]
+                row += span.num_queries
+            found = Queries.of(queries, tables, self._block_size) if queries else None
+            self._queries[window] = found
+        return self._queries[window]
+
     def reads(self, window: int | None, num_groups: int) -> list[_Read]:
-        """What each span reads in a layer with this window; worked out once for all such layers."""
+        """What the spans read that don't use the kernel; worked out once for all such layers."""
         key = (window, num_groups)
         if key not in self._reads:
             start, reads = 0, []
             for span in self._spans:
                 queries = slice(start, start + span.num_queries)
-                first = self._first_key(span, window)
-                mask = self._mask(span, first, window, num_groups)
-                reads.append(_Read(queries, self._runs(span, first), mask))
+                if not self._uses_kernel(span):
+                    earliest = span.kv_len - span.num_queries + 1 if self._causal else span.kv_len
+                    first = self._first_key(earliest, window)
+                    mask = self._mask(span, first, window, num_groups)
+                    reads.append(_Read(queries, self._runs(span, first), mask))
                 start = queries.stop
             self._reads[key] = reads
         return self._reads[key]
 
-    def _first_key(self, span: Span, window: int | None) -> int:
+    def _uses_kernel(self, span: Span) -> bool:
+        return self.kernel is not None and span.num_queries < self._too_many
+
+    def _first_key(self, stop: int, window: int | None) -> int:
+        """The first key of a query that may see those before `stop`."""
         if window is None:
             return 0
-        if self._causal:
-            return max(0, span.kv_len - span.num_queries - window + 1)
         # transformers' bidirectional window, which Gemma 4's assistants use, includes both ends.
-        return max(0, span.kv_len - window - 1)
+        return max(0, stop - window if self._causal else stop - window - 1)
 
     def _runs(self, span: Span, first: int) -> tuple[slice, ...]:
         """The slots of tokens `first` to `kv_len`, as few contiguous runs as there are."""
@@ -152,6 +190,10 @@ def paged_attention(
     num_kv_heads = key.shape[1]
     num_groups = num_heads // num_kv_heads
     output = query.new_empty(num_tokens, num_heads, head_dim)
+    queries = packed.queries(sliding_window)
+    if queries is not None:
+        assert packed.kernel is not None
+        packed.kernel(query[0], key, value, output, queries, scaling)
     for read in packed.reads(sliding_window, num_groups):
         # The query heads that share a KV head become rows of one product.
         grouped = query[:, :, read.queries].reshape(1, num_kv_heads, -1, head_dim)

@@ -25,6 +25,7 @@ import transformers
 from tandem.config import EngineConfig
 from tandem.costs import Costs, Curve, DraftCosts
 from tandem.drafters import Drafter, DraftRequest
+from tandem.machine import cache_directory, cpu_name
 from tandem.params import SamplingParams
 from tandem.scheduler import Scheduler
 from tandem.sequence import Draft, ScheduledSequence, Sequence
@@ -76,21 +77,12 @@ def _cache_path(config: EngineConfig) -> Path:
     facts = {
         "config": dataclasses.asdict(config),
         "device": device,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": [torch.__version__, transformers.__version__],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "tandem" / f"costs-{key[:16]}.json"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line for line in lines if line.startswith("model name")), platform.machine())
+    return cache_directory() / f"costs-{key[:16]}.json"
 
 
 class Calibration:

@@ -110,6 +110,9 @@ class EngineConfig:
         gpu_memory_utilization: share of the GPU's memory that this process may fill.
         lookahead: "adaptive" drafts as far as it pays by measured costs and acceptance, at most
             each drafter's `num_speculative_tokens`; "fixed" always as many.
+        batch_invariant: a request's tokens are the same, to the last bit of their logits, whatever
+            else is in the batch, however its prompt is cut, with drafts and without, in any dtype;
+            costs some time. On CPUs with oneDNN.
         synthetic_acceptance_rates: for benchmarks alone: drafts are accepted by coin, at these
             shares of rounds by position, whatever the verifier says.
     """
@@ -129,6 +132,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     lookahead: str = "adaptive"
+    batch_invariant: bool = False
     synthetic_acceptance_rates: Sequence[float] = ()
 
     def __post_init__(self) -> None:
@@ -148,11 +152,10 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_tokens"):
             if getattr(self, name) is not None:
                 _check_int(where, name, getattr(self, name), 2)
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ConfigError(
-                f"{where}: enable_prefix_caching must be true or false, "
-                f"got {self.enable_prefix_caching!r}"
-            )
+        for name in ("enable_prefix_caching", "batch_invariant"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{where}: {name} must be true or false, got {value!r}")
         slowdown = self.max_prefill_slowdown
         if not isinstance(slowdown, (int, float)) or not 1 < slowdown < math.inf:
             raise ConfigError(

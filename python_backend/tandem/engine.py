@@ -60,7 +60,9 @@ class Engine:
         self.tokenizer = loaded.tokenizer
         self.max_model_len = loaded.max_model_len
         self.eos_token_ids = loaded.eos_token_ids
-        self.verifier = Verifier(loaded.model, loaded.cache)
+        self.verifier = Verifier(
+            loaded.model, loaded.cache, batch_invariant=config.batch_invariant
+        )
         self.drafters: dict[str, Drafter] = load_drafters(config, loaded)
         self.scheduler = Scheduler(
             BlockPool(

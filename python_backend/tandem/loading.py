@@ -27,6 +27,7 @@ from tandem.attention import ATTENTION, PackedBatch, Span
 from tandem.config import EngineConfig
 from tandem.drafters.assistant import AssistantConfig
 from tandem.errors import ConfigError, DrafterMismatchError, UnsupportedModelError
+from tandem.kernels import attention_kernel
 from tandem.kv_cache import KVCache, LayerShape
 from tandem.packing import can_pack, pack_linears
 
@@ -77,6 +78,8 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         UnsupportedModelError: the architecture doesn't fit the paged cache.
     """
     dtype, device = resolve(config.dtype, config.device)
+    if config.batch_invariant:
+        _check_invariance(dtype, device)
     model = load_model(config.verifier, dtype, device)
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
@@ -118,6 +121,21 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     return LoadedVerifier(
         model, tokenizer, verifier.cache, max_model_len, _eos_token_ids(model), draft_models
     )
+
+
+def _check_invariance(dtype: torch.dtype, device: torch.device) -> None:
+    """Whether all that a pass computes can be independent of what else is in it."""
+    where = f"{str(dtype).removeprefix('torch.')} on {device.type}"
+    if not can_pack(device, dtype):
+        raise ConfigError(
+            "batch_invariant needs oneDNN's products, whose rows don't depend on their number; "
+            f"there are none for {where}"
+        )
+    if attention_kernel(device, dtype) is None:
+        raise ConfigError(
+            f"batch_invariant needs Tandem's own attention, and there is none for {where}: "
+            "install a C compiler"
+        )
 
 
 def _load_draft_models(

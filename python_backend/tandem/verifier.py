@@ -28,11 +28,18 @@ class VerifierOutput:
 
 
 class Verifier:
-    """A transformers causal LM on the paged cache; its code and weights are unmodified."""
+    """A transformers causal LM on the paged cache; its code and weights are unmodified.
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
+    With `batch_invariant`, a token's logits depend to the last bit on nothing but the tokens before
+    it, where the model's products have this property too.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: KVCache, *, batch_invariant: bool = False
+    ) -> None:
         self.model = model
         self.cache = cache
+        self._batch_invariant = batch_invariant
         self._hidden: Tensor | None = None
         head: torch.nn.Module = model.get_output_embeddings()
         head.register_forward_pre_hook(self._keep_hidden)
@@ -56,7 +63,15 @@ class Verifier:
             if scheduled.yields_token:
                 rows += range(len(token_ids) - len(scheduled.draft_ids) - 1, len(token_ids))
             spans.append(Span(stop - start, stop, sequence.block_table))
-        logits = packed_logits(self.model, self.cache, spans, token_ids, positions, rows)
+        logits = packed_logits(
+            self.model,
+            self.cache,
+            spans,
+            token_ids,
+            positions,
+            rows,
+            batch_invariant=self._batch_invariant,
+        )
         assert self._hidden is not None
         hidden, self._hidden = self._hidden, None
         return VerifierOutput(logits, hidden[0])
@@ -69,6 +84,8 @@ def packed_logits(
     token_ids: list[int],
     positions: list[int],
     rows: list[int],
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """One pass of a causal LM over a packed row, whose K/V it writes.
 
@@ -76,12 +93,15 @@ def packed_logits(
         spans: how the row is divided among sequences.
         token_ids, positions: of the row.
         rows: the places in it behind which logits are wanted.
+        batch_invariant: see `PackedBatch`.
 
     Returns:
         `[len(rows), vocab_size]`.
     """
     caller: Any = model
-    packed = PackedBatch(spans, cache.block_size, model.dtype, model.device)
+    packed = PackedBatch(
+        spans, cache.block_size, model.dtype, model.device, batch_invariant=batch_invariant
+    )
     logits: Tensor = caller(
         input_ids=torch.tensor([token_ids], device=model.device),
         position_ids=torch.tensor([positions], device=model.device),
