@@ -20,7 +20,7 @@ from tandem import (
     UnsupportedModelError,
     VerifierOutputError,
 )
-from tandem.attention import PackedBatch, Span
+from tandem.attention import PackedBatch
 from tiny_engines import TinyModels
 from tiny_models import save_assistant, save_model, save_verifier
 
@@ -90,14 +90,9 @@ def test_attention_with_soft_capping_is_refused(tmp_path: Path, dtype: str) -> N
 def test_other_logits_on_the_paged_cache_are_refused(
     tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whatever the reason: here each query misses the latest key that it may see."""
-    first_key = PackedBatch._runs
-
-    def without_the_last(self: PackedBatch, span: Span, first: int) -> tuple[slice, ...]:
-        runs = first_key(self, span, first)
-        return (*runs[:-1], slice(runs[-1].start - 1, runs[-1].stop - 1))
-
-    monkeypatch.setattr(PackedBatch, "_runs", without_the_last)
+    """Whatever the reason: here each pass's K/V go to one another's slots."""
+    slots = PackedBatch.slots
+    monkeypatch.setattr(PackedBatch, "slots", lambda self: slots(self).roll(1))
     with pytest.raises(UnsupportedModelError, match="differ by"):
         Engine(config_of(tiny.verifier(name)))
 

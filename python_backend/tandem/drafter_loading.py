@@ -10,6 +10,7 @@ from tandem.drafters.combined import CombinedDrafter
 from tandem.drafters.mtp import Gemma4Drafter, MTPDrafter, TrainedDrafter
 from tandem.drafters.ngram import NgramDrafter
 from tandem.errors import ConfigError
+from tandem.kernels import fuse_norms
 from tandem.loading import LoadedVerifier, load_model
 from tandem.packing import can_pack, pack_linears
 
@@ -48,6 +49,7 @@ def _load_drafter(settings: DrafterConfig, verifier: LoadedVerifier) -> Drafter:
 
 def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDrafter:
     assistant = load_model(path, verifier.model.dtype, verifier.model.device)
+    fuse_norms(assistant)
     packs = can_pack(assistant.device, assistant.dtype)
     if isinstance(assistant, Assistant):
         assistant.attach(verifier.model)

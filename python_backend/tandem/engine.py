@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from itertools import islice
 from threading import Lock
 
 import torch
@@ -29,13 +28,13 @@ from tandem.errors import (
     VerifierOutputError,
 )
 from tandem.loading import load_verifier
-from tandem.logits import TokenLogprobs, adjust, token_logprobs
+from tandem.logits import TokenLogprobs, token_logprobs
 from tandem.lookahead import AdaptiveLookahead, Lookahead
 from tandem.metrics import HIGH_TEMPERATURE, DrafterStats, EngineLoad, EngineStats
 from tandem.outputs import Delta, RequestOutput
 from tandem.params import SamplingParams
-from tandem.sampling import Draw, sample
 from tandem.scheduler import Scheduler
+from tandem.selection import Selection, select
 from tandem.sequence import Draft, FinishReason, ScheduledSequence, Sequence
 from tandem.verifier import Verifier, VerifierOutput
 
@@ -61,7 +60,7 @@ class Engine:
         self.max_model_len = loaded.max_model_len
         self.eos_token_ids = loaded.eos_token_ids
         self.verifier = Verifier(
-            loaded.model, loaded.cache, batch_invariant=config.batch_invariant
+            loaded.model, loaded.head, loaded.cache, batch_invariant=config.batch_invariant
         )
         self.drafters: dict[str, Drafter] = load_drafters(config, loaded)
         self.scheduler = Scheduler(
@@ -256,32 +255,19 @@ class Engine:
         yielding = [s for s in batch if s.yields_token]
         if not yielding:
             return [None] * len(batch)
-        # A NaN or infinity anywhere in a row shows in its largest value.
-        finite = output.logits.amax(dim=-1).isfinite().tolist()
-        parts = output.logits.split_with_sizes([s.num_rows for s in yielding])
-        logits = dict(zip(yielding, parts, strict=True))
-        raw = {s: logits[s].clone() for s in yielding if s.sequence.params.logprobs is not None}
-        for scheduled in yielding:
-            adjust(logits[scheduled], scheduled.sequence, scheduled.draft_ids, self.eos_token_ids)
-        draws = [
-            Draw(s.sequence.params, s.sequence.seed, s.sequence.num_tokens + offset)
-            for s in yielding
-            for offset in range(s.num_rows)
-        ]
-        sampled = iter(zip(sample(output.logits, draws).tolist(), finite, strict=True))
-        verdicts: list[Verdict | None] = []
-        for scheduled in batch:
-            if not scheduled.yields_token:
-                verdicts.append(None)
-                continue
-            token_ids, sound = zip(*islice(sampled, scheduled.num_rows), strict=True)
-            verdict = self._match(scheduled, token_ids) if all(sound) else Verdict([], 0)
-            num_top = scheduled.sequence.params.logprobs
-            if num_top is not None:
-                logprobs = token_logprobs(raw[scheduled], verdict.token_ids, num_top)
-                verdict = verdict._replace(logprobs=logprobs)
-            verdicts.append(verdict)
-        return verdicts
+        selections = select(self.verifier.head, output.hidden, yielding, self.eos_token_ids)
+        return [self._judge(s, selections[s]) if s in selections else None for s in batch]
+
+    def _judge(self, scheduled: ScheduledSequence, selection: Selection) -> Verdict:
+        if not selection.is_sound:
+            return Verdict([], 0)
+        verdict = self._match(scheduled, selection.token_ids)
+        num_top = scheduled.sequence.params.logprobs
+        if num_top is None:
+            return verdict
+        assert selection.logits is not None
+        logprobs = token_logprobs(selection.logits, verdict.token_ids, num_top)
+        return verdict._replace(logprobs=logprobs)
 
     def _match(self, scheduled: ScheduledSequence, token_ids: Items[int]) -> Verdict:
         rates = self.config.synthetic_acceptance_rates

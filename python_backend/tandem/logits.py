@@ -54,6 +54,13 @@ def adjust(
         _mask(logits, sequence.grammar.masks(draft_ids))
 
 
+def is_adjusted(sequence: Sequence) -> bool:
+    """Whether `adjust` does anything for this request."""
+    params = sequence.params
+    banned = sequence.bad_words or params.min_tokens or sequence.grammar is not None
+    return bool(params.logit_bias or params.has_penalties or banned)
+
+
 def _outputs(
     logits: Tensor, sequence: Sequence, draft_ids: Items[int]
 ) -> list[tuple[Tensor, list[int]]]:

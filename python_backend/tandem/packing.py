@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 # The number of rows that the layout is made for; others work as well.
 _ROWS = 16
+_linear = torch.ops.mkldnn._linear_pointwise.default
 # Products of up to this many rows, and matrices of at least this size, gain from 8 bits.
 _INT8_ROWS = 4
 _INT8_SIZE = 2**17
@@ -35,9 +36,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self._weight, self.bias, "none", [], ""
-        )
+        product: Tensor = _linear(rows, self._weight, self.bias, "none", [], "")
         return product
 
 

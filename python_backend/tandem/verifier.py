@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.attention import PackedBatch, Span
+from tandem.head import OutputHead
 from tandem.kv_cache import KVCache
 from tandem.sequence import ScheduledSequence
 
@@ -23,7 +24,6 @@ class VerifierOutput:
     other has none.
     """
 
-    logits: Tensor  # [num_rows, vocab_size]
     hidden: Tensor  # [num_rows, hidden_size], what the output head reads: after the last norm
 
 
@@ -35,17 +35,17 @@ class Verifier:
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: KVCache, *, batch_invariant: bool = False
+        self,
+        model: PreTrainedModel,
+        head: OutputHead,
+        cache: KVCache,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
         self.model = model
+        self.head = head
         self.cache = cache
         self._batch_invariant = batch_invariant
-        self._hidden: Tensor | None = None
-        head: torch.nn.Module = model.get_output_embeddings()
-        head.register_forward_pre_hook(self._keep_hidden)
-
-    def _keep_hidden(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._hidden = args[0]
 
     def forward(self, batch: Items[ScheduledSequence]) -> VerifierOutput:
         """Runs the model over the batch's known tokens and drafts, and writes their K/V."""
@@ -63,7 +63,7 @@ class Verifier:
             if scheduled.yields_token:
                 rows += range(len(token_ids) - len(scheduled.draft_ids) - 1, len(token_ids))
             spans.append(Span(stop - start, stop, sequence.block_table))
-        logits = packed_logits(
+        packed_logits(
             self.model,
             self.cache,
             spans,
@@ -72,9 +72,9 @@ class Verifier:
             rows,
             batch_invariant=self._batch_invariant,
         )
-        assert self._hidden is not None
-        hidden, self._hidden = self._hidden, None
-        return VerifierOutput(logits, hidden[0])
+        assert self.head.states is not None
+        hidden, self.head.states = self.head.states, None
+        return VerifierOutput(hidden[0])
 
 
 def packed_logits(

@@ -1,0 +1,91 @@
+"""The verifier's output head, which is most of a small model's work.
+
+A greedy request needs the likeliest token alone, which takes far less than all logits. So the head
+is taken out of the model's pass, and computed for those rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tandem.kernels import LikeliestToken, likeliest_token
+from tandem.sampling import largest
+
+
+class OutputHead(nn.Module):
+    """Stands in a model for its head, and keeps the states that the model gives it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._head: nn.Module = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._likeliest: LikeliestToken | None = None
+        self._can_defer = False
+        self._is_deferred = False
+        self.states: Tensor | None = None
+        model.set_output_embeddings(self)
+
+    @property
+    def weight(self) -> Tensor:
+        """`[vocab_size, hidden_size]`."""
+        weight = self._head.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits, or anything if the head is deferred."""
+        self.states = states
+        return states if self._is_deferred else self._head(states)
+
+    def examine(self, logits: Tensor, embeddings: nn.Module) -> None:
+        """Finds out whether the model does nothing with logits that `logits` doesn't do too.
+
+        Args:
+            logits: what it made of the states that it gave last, `[num_rows, vocab_size]`.
+            embeddings: its input embeddings.
+        """
+        assert self.states is not None
+        self._can_defer = torch.equal(self.logits(self.states)[0], logits)
+        # A head that isn't the embeddings would have to be kept twice.
+        if (
+            self._can_defer
+            and self.weight.data_ptr() == embeddings.get_parameter("weight").data_ptr()
+        ):
+            self._likeliest = likeliest_token(self.weight.detach())
+
+    def defer(self) -> None:
+        """Takes the head out of the model's pass, if that can be."""
+        self._is_deferred = self._can_defer
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`[..., hidden_size]` to `[..., vocab_size]`, as the model makes them."""
+        logits: Tensor = self._head(states)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def likeliest(self, states: Tensor) -> Tensor:
+        """The token with the largest logit behind each state; -1 where there are no numbers.
+
+        Args:
+            states: `[num_rows, hidden_size]`.
+
+        Returns:
+            `[num_rows]`, int64.
+        """
+        if self._likeliest is None:
+            return likeliest_of(self.logits(states))
+        token_ids = self._likeliest(states)
+        unknown = token_ids < 0
+        if unknown.any():
+            token_ids[unknown] = likeliest_of(self.logits(states[unknown]))
+        return token_ids
+
+
+def likeliest_of(logits: Tensor) -> Tensor:
+    """The token with the largest logit in each row, `[num_rows]`; -1 where they aren't numbers."""
+    token_ids, values = largest(logits)
+    return token_ids.where(values.isfinite(), -1)

@@ -1,0 +1,64 @@
+// Vectors of float32, read from and written to either type of element: bfloat16 with -DBFLOAT16,
+// else float32. Compilers split them into what the processor has.
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+#ifdef BFLOAT16
+typedef uint16_t Element;
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+INLINE Lanes load(const Element *from) {
+  Halves bits;
+  memcpy(&bits, from, sizeof bits);
+  return (Lanes)(__builtin_convertvector(bits, Words) << 16);
+}
+
+INLINE void store(Element *to, Lanes value) {
+  Words bits = (Words)value;
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+  Words nan = (Words)(value != value);
+  Halves result = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+  memcpy(to, &result, sizeof result);
+}
+#else
+typedef float Element;
+
+INLINE Lanes load(const Element *from) {
+  Lanes value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+INLINE void store(Element *to, Lanes value) { memcpy(to, &value, sizeof value); }
+#endif
+
+// The first `count` elements, and zeros.
+INLINE Lanes load_some(const Element *from, int count) {
+  if (count == LANES) return load(from);
+  Element some[LANES] = {0};
+  memcpy(some, from, count * sizeof(Element));
+  return load(some);
+}
+
+INLINE void store_some(Element *to, Lanes value, int count) {
+  Element some[LANES];
+  store(some, value);
+  memcpy(to, some, count * sizeof(Element));
+}
+
+INLINE float sum(Lanes value) {
+  float lanes[LANES];
+  memcpy(lanes, &value, sizeof lanes);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+

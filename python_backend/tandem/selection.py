@@ -1,0 +1,93 @@
+"""From the verifier's states to a token at each position of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from tandem.head import OutputHead
+from tandem.logits import adjust, is_adjusted
+from tandem.sampling import Draw, sample
+from tandem.sequence import ScheduledSequence
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one sequence's rows say.
+
+    Attributes:
+        token_ids: the verifier's token in each row; -1 where its logits aren't numbers.
+        logits: as the verifier made them, `[num_rows, vocab_size]`, if log probabilities are
+            asked for.
+    """
+
+    token_ids: list[int]
+    logits: Tensor | None = None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there are logits that are numbers in all rows."""
+        return min(self.token_ids) >= 0
+
+
+def select(
+    head: OutputHead,
+    states: Tensor,
+    batch: Items[ScheduledSequence],
+    eos_token_ids: frozenset[int],
+) -> dict[ScheduledSequence, Selection]:
+    """Samples the verifier's token in each row as plain decoding would.
+
+    Args:
+        states: `[num_rows, hidden_size]`, the rows of all sequences one behind the other.
+        batch: sequences that yield a token.
+    """
+    parts = dict(zip(batch, states.split_with_sizes([s.num_rows for s in batch]), strict=True))
+    greedy = [s for s in batch if s.sequence.params.is_greedy and not is_adjusted(s.sequence)]
+    others = [s for s in batch if s not in set(greedy)]
+    selections: dict[ScheduledSequence, Selection] = {}
+    if greedy:
+        token_ids = head.likeliest(_joined(greedy, parts, states))
+        logits = {
+            s: head.logits(parts[s]) for s in greedy if s.sequence.params.logprobs is not None
+        }
+        selections |= _split(greedy, token_ids, logits)
+    if others:
+        scores = head.logits(_joined(others, parts, states))
+        selections |= _split(others, *_sample(scores, others, eos_token_ids))
+    return selections
+
+
+def _joined(
+    group: Items[ScheduledSequence], parts: dict[ScheduledSequence, Tensor], states: Tensor
+) -> Tensor:
+    """The rows of some sequences, `[num_rows, hidden_size]`."""
+    return states if len(group) == len(parts) else torch.cat([parts[s] for s in group])
+
+
+def _sample(
+    scores: Tensor, group: Items[ScheduledSequence], eos_token_ids: frozenset[int]
+) -> tuple[Tensor, dict[ScheduledSequence, Tensor]]:
+    # A NaN or infinity anywhere in a row shows in its largest value.
+    finite = scores.amax(dim=-1).isfinite()
+    rows = dict(zip(group, scores.split_with_sizes([s.num_rows for s in group]), strict=True))
+    raw = {s: rows[s].clone() for s in group if s.sequence.params.logprobs is not None}
+    for scheduled in group:
+        adjust(rows[scheduled], scheduled.sequence, scheduled.draft_ids, eos_token_ids)
+    draws = [
+        Draw(s.sequence.params, s.sequence.seed, s.sequence.num_tokens + offset)
+        for s in group
+        for offset in range(s.num_rows)
+    ]
+    return sample(scores, draws).where(finite, -1), raw
+
+
+def _split(
+    group: Items[ScheduledSequence], token_ids: Tensor, logits: dict[ScheduledSequence, Tensor]
+) -> dict[ScheduledSequence, Selection]:
+    ids = iter(token_ids.tolist())
+    return {s: Selection(list(islice(ids, s.num_rows)), logits.get(s)) for s in group}
