@@ -8,6 +8,7 @@ Parts, each of which can be run alone:
   peers     transformers' generate and, after `make bench-peers`, vLLM, in turns with Tandem
   lookahead the adaptive lookahead against every fixed one, on four kinds of text
   noise     acceptance of guesses under shared noise against the likeliest ones
+  invariance  whether answers are the same alone, in a batch and with drafts, and its cost
   growth    step time and memory as context and concurrency grow
   arrivals  latencies when requests arrive as a Poisson process
   soak      memory over minutes of mixed load
@@ -31,6 +32,7 @@ from tandem_bench import (
     ceilings,
     compare,
     growth,
+    invariance,
     lookahead,
     profile,
     report,
@@ -59,6 +61,7 @@ PARTS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "peers": lambda settings, _: compare.run(settings),
     "lookahead": lambda settings, _: lookahead.run(settings),
     "noise": lambda settings, _: lookahead.run_noise(settings),
+    "invariance": lambda settings, _: invariance.run(settings),
     "growth": lambda settings, given: growth.run(settings, tuple(given.contexts)),
     "arrivals": lambda settings, given: arrivals.run(settings, given.rates),
     "soak": lambda settings, given: soak.run(settings, given.minutes),

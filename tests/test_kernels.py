@@ -118,7 +118,7 @@ def test_states_that_are_no_numbers_have_no_token() -> None:
 
 def test_too_many_candidates_are_left_to_others() -> None:
     """A state of zeros likes all tokens the same."""
-    head = torch.randn(20_000, 8)
+    head = torch.randn(100_000, 8)
     found = likeliest_token(head)
     assert found is not None
     assert found(torch.stack([torch.zeros(8), torch.ones(8)])).tolist()[0] == -1

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import transformers
 
+from tandem.acceptance import Verdict
 from tandem.config import EngineConfig
 from tandem.costs import Costs, Curve, DraftCosts
 from tandem.drafters import Drafter, DraftRequest
@@ -38,9 +40,10 @@ _SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 _CONTEXT = 64
 _REPETITIONS = 4
 _GUESSES = 3
+_NUM_WRITTEN = 8
 
 T = TypeVar("T")
-Accept = Callable[[list[ScheduledSequence], VerifierOutput], object]
+Accept = Callable[[list[ScheduledSequence], VerifierOutput], list[Verdict | None]]
 
 
 def calibrate(config: EngineConfig, calibration: Calibration) -> Costs:
@@ -80,9 +83,16 @@ def _cache_path(config: EngineConfig) -> Path:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": [torch.__version__, transformers.__version__],
+        "code": _code_hash(),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     return cache_directory() / f"costs-{key[:16]}.json"
+
+
+def _code_hash() -> str:
+    """Changes with Tandem itself, which may have become faster."""
+    files = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".c", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class Calibration:
@@ -101,12 +111,14 @@ class Calibration:
         self._accept = accept
         model = verifier.model
         self._device = model.device
+        self._written: list[int] = []
         self._vocab_size: int = model.config.get_text_config().vocab_size
 
     @torch.inference_mode()
     def measure(self) -> Costs:
         """Measures every cost; see `Costs`."""
         with self._sequences() as sequences:
+            self._continue(sequences[0])
             verify, sequence = self._verify_costs(sequences)
             return Costs(
                 verify=verify,
@@ -156,9 +168,21 @@ class Calibration:
                 drafter.prefill([scheduled])
             output = self._verifier.forward([scheduled])
             sequence.num_computed += part
-        sequence.token_ids.append(1)
+        # The verifier's own: behind others it may be in states that no text leads to.
+        sequence.token_ids.append(self._own([scheduled], output)[0])
         for drafter in self._drafters.values():
             drafter.observe(sequence, output.hidden[-1])
+
+    def _continue(self, sequence: Sequence) -> None:
+        """Writes a few tokens, which are drafts of the passes that are measured."""
+        for _ in range(_NUM_WRITTEN):
+            batch = [ScheduledSequence(sequence, 1, len(self._written), Draft(self._written))]
+            self._written = self._own(batch, self._verifier.forward(batch))
+
+    def _own(self, batch: list[ScheduledSequence], output: VerifierOutput) -> list[int]:
+        """The verifier's tokens for one sequence; any if there are none."""
+        [verdict] = self._accept(batch, output)
+        return verdict.token_ids if verdict and verdict.token_ids else [1]
 
     def _time(
         self, runs: Mapping[T, Callable[[], object]], before: Callable[[], object] = int
@@ -180,7 +204,7 @@ class Calibration:
         return {key: min(each[1:]) for key, each in seconds.items()}
 
     def _pass(self, sequences: list[Sequence], num_drafts: int) -> Callable[[], object]:
-        draft = Draft([1 + i % 3 for i in range(num_drafts)])
+        draft = Draft(list(islice(cycle(self._written), num_drafts)))
         batch = [ScheduledSequence(s, 1, num_drafts, draft) for s in sequences]
         return lambda: self._accept(batch, self._verifier.forward(batch))
 

@@ -14,6 +14,7 @@ from tandem_bench.workload import ROOT
 
 _PACKAGES = ("torch", "transformers", "numpy")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+_SUFFIXES = (".py", ".c", ".h", ".json", ".pbtxt", ".safetensors")
 _CODE = ("python_backend/tandem", "drafters", "model_repository")
 
 
@@ -38,7 +39,7 @@ def code_hash() -> str:
     digest = hashlib.sha256()
     for folder in _CODE:
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".json", ".pbtxt", ".safetensors"):
+            if path.suffix in _SUFFIXES:
                 digest.update(str(path.relative_to(ROOT)).encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -15,8 +15,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -27,6 +28,7 @@ from torch.nn.modules.module import (
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tandem import Engine, SamplingParams
+from tandem.kernels import AttentionKernel, LikeliestToken
 from tandem.metrics import EngineStats
 from tandem_bench.noise import foreign_share, read_rate
 from tandem_bench.settings import Settings, bar
@@ -34,12 +36,14 @@ from tandem_bench.workload import repeat_to_fill
 
 _WARM_UP_STEPS = 6
 _PHASE, _GROUP = "phase:", "group:"
-# Matrix products: linear layers, attention, and what a drafter multiplies.
+# Matrix products: linear layers, attention, the head, and what a drafter multiplies.
 PRODUCT = re.compile(
-    r"mkldnn::_linear_pointwise|aten::(linear|addmm|mm|bmm|matmul|baddbmm|mkldnn_linear|"
+    r"tandem::.*|mkldnn::_linear_pointwise|aten::(linear|addmm|mm|bmm|matmul|baddbmm|mkldnn_linear|"
     r"scaled_dot_product_attention|_weight_int8pack_mm|_weight_int4pack_mm.*|_scaled_mm)|onednn::.*"
 )
-_ATTENTION = re.compile(r"aten::(_?scaled_dot_product.*|_fused_sdp.*)")
+# Kernels that torch's profiler doesn't know.
+_KERNELS = {"tandem::attention": AttentionKernel, "tandem::likeliest": LikeliestToken}
+_ATTENTION = re.compile(r"tandem::attention|aten::(_?scaled_dot_product.*|_fused_sdp.*)")
 _GROUP_OF_CLASS = (
     ("Linear", "linear layers"),
     ("Norm", "norms"),
@@ -134,13 +138,17 @@ def profile_steps(
         rate, foreign = read_rate(), foreign_share()
         seconds = steps(num_steps // 2)
         phases = list(marked.phases)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with _named_kernels(), profile(activities=[ProfilerActivity.CPU]) as profiler:
             profiled_seconds = steps(num_steps)
         marked.phases.clear()
         seconds += steps(num_steps - num_steps // 2)
         phases += marked.phases
         share = foreign()
-        with _module_ranges(engine), profile(activities=[ProfilerActivity.CPU]) as by_module:
+        with (
+            _named_kernels(),
+            _module_ranges(engine),
+            profile(activities=[ProfilerActivity.CPU]) as by_module,
+        ):
             steps(num_steps)
         assert all(sequence.is_decoding for sequence in sequences), "a sequence ended too early"
     finally:
@@ -225,12 +233,29 @@ def _kind(event: FunctionEvent, phase: str) -> str:
     while outer is not None and not outer.name.startswith(_GROUP):
         if _ATTENTION.fullmatch(outer.name):
             return "attention products"
+        if outer.name == "tandem::likeliest":
+            return "head"
         if outer.name == "aten::index_copy_":
             return "K/V write"
         outer = outer.cpu_parent
     if outer is not None:
         return str(outer.name.removeprefix(_GROUP))
     return _REST.get(phase, "other")
+
+
+@contextmanager
+def _named_kernels() -> Iterator[None]:
+    """Makes operators of what is not torch's."""
+    with ExitStack() as stack:
+        for name, kind in _KERNELS.items():
+            run = kind.__call__
+
+            def named(*args: Any, name: str = name, run: Any = run) -> Any:
+                with record_function(name):
+                    return run(*args)
+
+            stack.enter_context(patch.object(kind, "__call__", named))
+        yield
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def library(device: torch.device, dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for a device and type, or None if there are none."""
     if device.type != "cpu" or dtype not in _DEFINITIONS:
         return None
-    wanted = os.environ.get("CC", "cc"), "gcc", "clang"
+    wanted = os.environ.get("CC", "gcc"), "cc"
     compiler = next((found for found in map(shutil.which, wanted) if found), None)
     if compiler is None:
         logger.warning("no C compiler: running on torch's operations alone, which is slower")

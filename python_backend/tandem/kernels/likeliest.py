@@ -14,7 +14,7 @@ from tandem.kernels.build import library
 _LANES = 16
 _CHUNK = 2**14
 # Tokens that may come into question, of one state and thread.
-_CAPACITY = 4096
+_CAPACITY = 2**15
 # What sums in float32 may be wrong by, as a share of the product of the norms.
 _ROUNDING = 1e-4
 # A state is rounded to so many steps on either side of 0.
