@@ -77,12 +77,17 @@ static void drop_losers(Found *found, int limit) {
 }
 
 INLINE __m512i multiply(const uint8_t *weights, const int32_t *part, int offset, int num_steps) {
-  // Weights are stored with 128 added.
-  __m512i sums = _mm512_set1_epi32(-offset);
-  for (int step = 0; step < num_steps; step++)
-    sums = _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(weights + 64 * (int64_t)step),
-                               _mm512_set1_epi32(part[step]));
-  return sums;
+  // Weights are stored with 128 added. Several sums, as one would wait for itself.
+  __m512i sums[4] = {_mm512_set1_epi32(-offset)};
+  int step = 0;
+  for (; step + 4 <= num_steps; step += 4)
+    for (int i = 0; i < 4; i++)
+      sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_loadu_si512(weights + 64 * (int64_t)(step + i)),
+                                    _mm512_set1_epi32(part[step + i]));
+  for (; step < num_steps; step++)
+    sums[0] = _mm512_dpbusd_epi32(sums[0], _mm512_loadu_si512(weights + 64 * (int64_t)step),
+                                  _mm512_set1_epi32(part[step]));
+  return _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
 }
 
 // The head: see `likeliest`.
