@@ -255,7 +255,7 @@ class Engine:
         yielding = [s for s in batch if s.yields_token]
         if not yielding:
             return [None] * len(batch)
-        selections = select(self.verifier.head, output.hidden, yielding, self.eos_token_ids)
+        selections = select(output, yielding, self.eos_token_ids)
         return [self._judge(s, selections[s]) if s in selections else None for s in batch]
 
     def _judge(self, scheduled: ScheduledSequence, selection: Selection) -> Verdict:

@@ -24,7 +24,7 @@ class OutputHead(nn.Module):
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._likeliest: LikeliestToken | None = None
         self._can_defer = False
-        self._is_deferred = False
+        self.is_deferred = False
         self.states: Tensor | None = None
         model.set_output_embeddings(self)
 
@@ -38,7 +38,7 @@ class OutputHead(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Logits, or anything if the head is deferred."""
         self.states = states
-        return states if self._is_deferred else self._head(states)
+        return states if self.is_deferred else self._head(states)
 
     def examine(self, logits: Tensor, embeddings: nn.Module) -> None:
         """Finds out whether the model does nothing with logits that `logits` doesn't do too.
@@ -58,7 +58,7 @@ class OutputHead(nn.Module):
 
     def defer(self) -> None:
         """Takes the head out of the model's pass, if that can be."""
-        self._is_deferred = self._can_defer
+        self.is_deferred = self._can_defer
 
     def logits(self, states: Tensor) -> Tensor:
         """`[..., hidden_size]` to `[..., vocab_size]`, as the model makes them."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
-import torch
 from torch import Tensor
 
-from tandem.head import OutputHead
 from tandem.logits import adjust, is_adjusted
 from tandem.sampling import Draw, sample
 from tandem.sequence import ScheduledSequence
+from tandem.verifier import VerifierOutput
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,31 @@ class Selection:
 
 
 def select(
-    head: OutputHead,
-    states: Tensor,
-    batch: Items[ScheduledSequence],
-    eos_token_ids: frozenset[int],
+    output: VerifierOutput, batch: Items[ScheduledSequence], eos_token_ids: frozenset[int]
 ) -> dict[ScheduledSequence, Selection]:
     """Samples the verifier's token in each row as plain decoding would.
 
     Args:
-        states: `[num_rows, hidden_size]`, the rows of all sequences one behind the other.
-        batch: sequences that yield a token.
+        batch: the sequences that yield a token.
     """
-    parts = dict(zip(batch, states.split_with_sizes([s.num_rows for s in batch]), strict=True))
+    ends = accumulate(s.num_rows for s in batch)
+    rows = {s: range(end - s.num_rows, end) for s, end in zip(batch, ends, strict=True)}
+    # A greedy request needs the likeliest token alone, which takes far less than all logits.
     greedy = [s for s in batch if s.sequence.params.is_greedy and not is_adjusted(s.sequence)]
     others = [s for s in batch if s not in set(greedy)]
     selections: dict[ScheduledSequence, Selection] = {}
     if greedy:
-        token_ids = head.likeliest(_joined(greedy, parts, states))
-        logits = {
-            s: head.logits(parts[s]) for s in greedy if s.sequence.params.logprobs is not None
-        }
-        selections |= _split(greedy, token_ids, logits)
+        token_ids = output.likeliest(_joined(greedy, rows))
+        asking = [s for s in greedy if s.sequence.params.logprobs is not None]
+        selections |= _split(greedy, token_ids, {s: output.logits(rows[s]) for s in asking})
     if others:
-        scores = head.logits(_joined(others, parts, states))
+        scores = output.logits(_joined(others, rows))
         selections |= _split(others, *_sample(scores, others, eos_token_ids))
     return selections
 
 
-def _joined(
-    group: Items[ScheduledSequence], parts: dict[ScheduledSequence, Tensor], states: Tensor
-) -> Tensor:
-    """The rows of some sequences, `[num_rows, hidden_size]`."""
-    return states if len(group) == len(parts) else torch.cat([parts[s] for s in group])
+def _joined(group: Items[ScheduledSequence], rows: Mapping[ScheduledSequence, range]) -> list[int]:
+    return [row for scheduled in group for row in rows[scheduled]]
 
 
 def _sample(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.attention import PackedBatch, Span
-from tandem.head import OutputHead
+from tandem.head import OutputHead, likeliest_of
 from tandem.kv_cache import KVCache
 from tandem.sequence import ScheduledSequence
 
@@ -25,6 +25,23 @@ class VerifierOutput:
     """
 
     hidden: Tensor  # [num_rows, hidden_size], what the output head reads: after the last norm
+    head: OutputHead
+    made_logits: Tensor | None  # [num_rows, vocab_size], if the head is not deferred
+
+    def logits(self, rows: Items[int]) -> Tensor:
+        """The logits of some rows, `[len(rows), vocab_size]`."""
+        if self.made_logits is not None:
+            return self.made_logits[list(rows)]
+        return self.head.logits(self._hidden(rows))
+
+    def likeliest(self, rows: Items[int]) -> Tensor:
+        """The likeliest tokens in some rows, `[len(rows)]`; -1 where logits are no numbers."""
+        if self.made_logits is not None:
+            return likeliest_of(self.made_logits[list(rows)])
+        return self.head.likeliest(self._hidden(rows))
+
+    def _hidden(self, rows: Items[int]) -> Tensor:
+        return self.hidden if len(rows) == len(self.hidden) else self.hidden[list(rows)]
 
 
 class Verifier:
@@ -63,7 +80,7 @@ class Verifier:
             if scheduled.yields_token:
                 rows += range(len(token_ids) - len(scheduled.draft_ids) - 1, len(token_ids))
             spans.append(Span(stop - start, stop, sequence.block_table))
-        packed_logits(
+        logits = packed_logits(
             self.model,
             self.cache,
             spans,
@@ -74,7 +91,7 @@ class Verifier:
         )
         assert self.head.states is not None
         hidden, self.head.states = self.head.states, None
-        return VerifierOutput(hidden[0])
+        return VerifierOutput(hidden[0], self.head, None if self.head.is_deferred else logits)
 
 
 def packed_logits(
