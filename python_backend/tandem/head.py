@@ -50,10 +50,8 @@ class OutputHead(nn.Module):
         assert self.states is not None
         self._can_defer = torch.equal(self.logits(self.states)[0], logits)
         # A head that isn't the embeddings would have to be kept twice.
-        if (
-            self._can_defer
-            and self.weight.data_ptr() == embeddings.get_parameter("weight").data_ptr()
-        ):
+        is_tied = self.weight.data_ptr() == embeddings.get_parameter("weight").data_ptr()
+        if self._can_defer and is_tied and getattr(self._head, "bias", None) is None:
             self._likeliest = likeliest_token(self.weight.detach())
 
     def defer(self) -> None:

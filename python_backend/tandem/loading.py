@@ -1,4 +1,4 @@
-"""Models from disk or hub, and whether they fit the cache and each other."""
+"""Models from disk or hub, and the room that they get in the cache."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from tandem.attention import ATTENTION, PackedBatch, Span
+from tandem.attention import ATTENTION
 from tandem.config import EngineConfig
 from tandem.drafters.assistant import AssistantConfig
-from tandem.errors import ConfigError, DrafterMismatchError, UnsupportedModelError
+from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.head import OutputHead
-from tandem.kernels import attention_kernel, fuse_norms
-from tandem.kv_cache import KVCache, LayerShape
+from tandem.kernels import fuse_norms
+from tandem.kv_cache import KVCache
 from tandem.packing import can_pack, pack_linears
+from tandem.probing import (
+    NUM_PROBE_TOKENS,
+    check_kernels,
+    check_linear,
+    check_paged,
+    probe,
+    probe_ids,
+)
 
 logger = logging.getLogger("tandem")
 
@@ -41,11 +46,7 @@ _TEXT_PART = {
     r"^(model\.language_model|language_model\.model)\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
 }
-_PROBE_TOKENS = 8
 _NUM_VOCABULARY_PROBES = 2000
-# A paged pass may differ from transformers' own by rounding alone: by the root mean square, a share
-# of the logits' spread.
-_PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     """
     dtype, device = resolve(config.dtype, config.device)
     if config.batch_invariant:
-        _check_kernels(dtype, device)
+        check_kernels(dtype, device)
     model = load_model(config.verifier, dtype, device)
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
@@ -95,14 +96,14 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     models = {None: model} | _load_draft_models(config, model, tokenizer)
     # What each model stores in the cache, and its own logits for a few tokens.
     head = OutputHead(model)
-    probes = {name: _probe(each) for name, each in models.items()}
+    probes = {name: probe(each) for name, each in models.items()}
     head.examine(probes[None][1], model.get_input_embeddings())
     for each in models.values():
         if can_pack(device, dtype):
             pack_linears(each)
         fuse_norms(each)
     if config.batch_invariant:
-        _check_linear(model)
+        check_linear(model)
     elements_per_token = sum(s.elements_per_token for shapes, _ in probes.values() for s in shapes)
     num_tokens = _cache_tokens(config, model, max_model_len, elements_per_token * dtype.itemsize)
     num_blocks = num_tokens // config.block_size
@@ -116,7 +117,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         shapes, expected = probes[name]
         cache = KVCache(shapes, num_blocks, config.block_size, dtype, device)
         each.set_attn_implementation(ATTENTION)
-        _check_paged(each, cache, expected)
+        check_paged(each, cache, expected)
         cached[name] = CachedModel(each, cache)
     head.defer()
     verifier = cached.pop(None)
@@ -130,32 +131,6 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     return LoadedVerifier(
         model, head, tokenizer, verifier.cache, max_model_len, _eos_token_ids(model), draft_models
     )
-
-
-def _check_kernels(dtype: torch.dtype, device: torch.device) -> None:
-    """Whether there are products and attention that don't depend on what else is in a pass."""
-    where = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-    if not can_pack(device, dtype):
-        raise ConfigError(
-            "batch_invariant needs oneDNN's products, whose rows don't depend on their number; "
-            f"there are none for {where}"
-        )
-    if attention_kernel(device, dtype) is None:
-        raise ConfigError(
-            f"batch_invariant needs Tandem's own attention, and there is none for {where}: "
-            "install a C compiler"
-        )
-
-
-def _check_linear(model: PreTrainedModel) -> None:
-    """Whether all products with weights are those of packed linear layers."""
-    for module in model.modules():
-        matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        if matrices and not isinstance(module, torch.nn.Embedding):
-            raise UnsupportedModelError(
-                f"batch_invariant: {type(module).__name__} has weights outside linear layers; "
-                "their products may depend on what else is in the batch"
-            )
 
 
 def _load_draft_models(
@@ -266,77 +241,6 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
-@torch.inference_mode()
-def _probe(model: PreTrainedModel) -> tuple[list[LayerShape], Tensor]:
-    """What each layer stores, and the model's own logits for a few tokens, one row each."""
-    cache = DynamicCache(config=model.config)
-    try:
-        logits = model(input_ids=_probe_ids(model), cache=cache, use_cache=True).logits
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} doesn't run on plain token ids: {error}"
-        ) from error
-    shapes = []
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, DummyLayer):  # reuses another layer's keys and values
-            continue
-        if not isinstance(layer, DynamicLayer):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} keeps a {type(layer).__name__} in layer {index}; the "
-                "paged cache holds attention's keys and values only"
-            )
-        keys, values = layer.keys, layer.values
-        assert keys is not None
-        assert values is not None
-        if keys.shape != values.shape:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has keys of shape {tuple(keys.shape)} and values of "
-                f"shape {tuple(values.shape)} in layer {index}; they must be alike"
-            )
-        shapes.append(LayerShape(index, keys.shape[1], keys.shape[3]))
-    return shapes, logits[0]
-
-
-def _probe_ids(model: PreTrainedModel) -> Tensor:
-    vocab_size = model.config.get_text_config().vocab_size
-    ids = [(7 * i + 3) % vocab_size for i in range(_PROBE_TOKENS)]
-    return torch.tensor([ids], device=model.device)
-
-
-@torch.inference_mode()
-def _check_paged(model: PreTrainedModel, cache: KVCache, expected: Tensor) -> None:
-    """Runs the same tokens through the paged cache; any difference means that it doesn't fit.
-
-    The tokens go through in two passes, so that the second reads what the first wrote.
-    """
-    ids, rows = _probe_ids(model), []
-    blocks = range(-(-_PROBE_TOKENS // cache.block_size))
-    for start, stop in ((0, _PROBE_TOKENS // 2), (_PROBE_TOKENS // 2, _PROBE_TOKENS)):
-        span = Span(stop - start, stop, blocks)
-        packed = PackedBatch([span], cache.block_size, model.dtype, model.device)
-        try:
-            output = model(
-                input_ids=ids[:, start:stop],
-                position_ids=torch.arange(start, stop, device=model.device).unsqueeze(0),
-                cache=cache.writer(packed.slots()),
-                use_cache=True,
-                packed=packed,
-            )
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} doesn't run on the paged cache: {error}"
-            ) from error
-        rows.append(output.logits[0].float())
-    expected = expected.float()
-    difference = (torch.cat(rows) - expected).square().mean().sqrt().item()
-    allowed = _PROBE_TOLERANCE[model.dtype] * max(1.0, expected.std().item())
-    if not difference <= allowed:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} gives other logits on the paged cache than on its own: they "
-            f"differ by {difference:.3g}, and rounding explains {allowed:.3g}"
-        )
-
-
 def _cache_tokens(
     config: EngineConfig, model: PreTrainedModel, max_model_len: int, bytes_per_token: int
 ) -> int:
@@ -354,7 +258,7 @@ def _cache_tokens(
 def _free_gpu_bytes(config: EngineConfig, model: PreTrainedModel) -> int:
     """What the weights and the largest pass leave of this process's share of the GPU."""
     torch.cuda.reset_peak_memory_stats(model.device)
-    ids = _probe_ids(model).repeat(1, -(-config.max_num_batched_tokens // _PROBE_TOKENS))
+    ids = probe_ids(model).repeat(1, -(-config.max_num_batched_tokens // NUM_PROBE_TOKENS))
     model(input_ids=ids, use_cache=False, logits_to_keep=config.max_num_seqs)
     free, total = torch.cuda.mem_get_info(model.device)
     outside = total - free - torch.cuda.memory_reserved(model.device)

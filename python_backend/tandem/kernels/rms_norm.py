@@ -74,16 +74,8 @@ def _fused(norm: nn.Module) -> FusedRMSNorm | None:
         return None
     run = found.rms_norm
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    run.argtypes = [
-        pointer,
-        pointer,
-        pointer,
-        ctypes.c_int64,
-        number,
-        ctypes.c_float,
-        number,
-        number,
-    ]
+    sizes = [ctypes.c_int64, number, ctypes.c_float, number, number]
+    run.argtypes = [pointer, pointer, pointer, *sizes]
     run.restype = None
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn((_PROBES, len(weight)), generator=generator).to(weight.dtype)
