@@ -9,6 +9,7 @@ Parts, each of which can be run alone:
   lookahead the adaptive lookahead against every fixed one, on four kinds of text
   noise     acceptance of guesses under shared noise against the likeliest ones
   invariance  whether answers are the same alone, in a batch and with drafts, and its cost
+  prompts   what a long prompt costs those that decode, and what a shared prefix saves
   growth    step time and memory as context and concurrency grow
   arrivals  latencies when requests arrive as a Poisson process
   soak      memory over minutes of mixed load
@@ -35,6 +36,7 @@ from tandem_bench import (
     invariance,
     lookahead,
     profile,
+    prompts,
     report,
     soak,
     speed,
@@ -62,6 +64,7 @@ PARTS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "lookahead": lambda settings, _: lookahead.run(settings),
     "noise": lambda settings, _: lookahead.run_noise(settings),
     "invariance": lambda settings, _: invariance.run(settings),
+    "prompts": lambda settings, _: prompts.run(settings),
     "growth": lambda settings, given: growth.run(settings, tuple(given.contexts)),
     "arrivals": lambda settings, given: arrivals.run(settings, given.rates),
     "soak": lambda settings, given: soak.run(settings, given.minutes),

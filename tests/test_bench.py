@@ -126,20 +126,42 @@ def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
         report.insert(path, "new\n")
 
 
+def write_model(tiny: TinyModels, directory: Path) -> None:
+    model = {
+        "verifier": str(tiny.verifier("gemma-3")),
+        "dtype": "float32",
+        "drafters": {"ngram": {"num_speculative_tokens": 3, "min_ngram_size": 1}},
+    }
+    (directory / "model.json").write_text(json.dumps(model))
+
+
 def bench(part: str, directory: Path, *options: str) -> list[str]:
     settings = ["--config", str(directory / "model.json"), "--output", str(directory / "out")]
     load = ["--prompts", "2", "--max-tokens", "6", "--drafters", "none", "ngram", "-c", "1", "2"]
     return [sys.executable, str(SCRIPT), part, *settings, *load, *options]
 
 
+def test_answers_are_compared_in_every_way(tiny: TinyModels, tmp_path: Path) -> None:
+    write_model(tiny, tmp_path)
+    subprocess.run(bench("invariance", tmp_path), check=True, timeout=300)
+    cells = read(tmp_path / "out" / "invariance.json")["cells"]
+    assert len(cells) == 4
+    for cell in cells.values():
+        assert list(cell) == [
+            "none, 1 at a time",
+            "none, 16 at a time",
+            "ngram, 16 at a time",
+            "ngram, 1 at a time",
+        ]
+        assert {(way["same"], way["prompts"]) for way in cell.values()} == {(2, 2)}
+    subprocess.run(bench("report", tmp_path), check=True, timeout=300)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| batch_invariant true, temperature 1 | 2/2 same, " in text
+
+
 @pytest.mark.slow
 def test_the_engine_part_goes_on_where_it_was_stopped(tiny: TinyModels, tmp_path: Path) -> None:
-    model = {
-        "verifier": str(tiny.verifier("gemma-3")),
-        "dtype": "float32",
-        "drafters": {"ngram": {"num_speculative_tokens": 3, "min_ngram_size": 1}},
-    }
-    (tmp_path / "model.json").write_text(json.dumps(model))
+    write_model(tiny, tmp_path)
     path = tmp_path / "out" / "engine.json"
     with subprocess.Popen(bench("engine", tmp_path, "--rounds", "100000")) as process:
         while not (path.exists() and "ngram c2 r3" in path.read_text()):

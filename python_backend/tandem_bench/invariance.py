@@ -19,8 +19,6 @@ from tandem_bench.tables import Cells, table
 PART = "invariance"
 _CONCURRENCY = 16
 _TEMPERATURES = (0.0, 1.0)
-# Drafter, and requests at a time; the first is what the others are compared with.
-_WAYS = (("none", 1), ("none", _CONCURRENCY), ("mtp", _CONCURRENCY), ("ngram+mtp", 1))
 
 
 def run(settings: Settings) -> None:
@@ -34,7 +32,10 @@ def run(settings: Settings) -> None:
     ]
     if not todo:
         return
-    with bar(PART, len(todo) * len(_WAYS), results) as shown:
+    # Drafter, and requests at a time; the first is what the others are compared with.
+    ways = [("none", 1), *((drafter, _CONCURRENCY) for drafter in settings.drafters)]
+    ways.append((settings.drafters[-1], 1))
+    with bar(PART, len(todo) * len(ways), results) as shown:
         engine, loaded = None, None
         for invariant, temperature in todo:
             if engine is None or loaded != invariant:
@@ -43,7 +44,7 @@ def run(settings: Settings) -> None:
                 engine, loaded = Engine(replace(config, batch_invariant=invariant)), invariant
             cell: dict[str, Any] = {}
             expected: list[list[int]] = []
-            for drafter, concurrency in _WAYS:
+            for drafter, concurrency in ways:
                 shown.say(f"{name(invariant, temperature)}, {drafter}, {concurrency} at a time")
                 (answers, seconds), around = undisturbed(
                     partial(answer, engine, settings, drafter, concurrency, temperature)

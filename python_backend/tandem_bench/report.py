@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tandem_bench import invariance, lookahead, plots, tables
+from tandem_bench import invariance, lookahead, plots, prompts, tables
 from tandem_bench.results import read
 from tandem_bench.workload import ROOT
 
@@ -20,6 +20,7 @@ _PARTS: dict[str, tuple[str, Callable[[tables.Cells], str]]] = {
     "lookahead": ("The adaptive lookahead against every fixed one", lookahead.summary),
     "noise": ("Guesses under shared noise against the likeliest", lookahead.noise_summary),
     "invariance": ("The same answers whatever else is in the batch", invariance.summary),
+    "prompts": ("Long prompts and shared ones", prompts.summary),
     "growth": ("Growth", tables.growth),
     "arrivals": ("Poisson arrivals", tables.arrivals),
     "soak": ("Soak", lambda cells: tables.facts({"end": cells["end"]})),

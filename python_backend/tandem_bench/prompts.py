@@ -1,0 +1,127 @@
+"""What a long prompt costs those that decode meanwhile, and what a shared prefix saves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from tandem import Engine, SamplingParams, Sequence
+from tandem_bench.figures import median
+from tandem_bench.noise import undisturbed
+from tandem_bench.settings import Settings, bar
+from tandem_bench.tables import Cells, table
+from tandem_bench.workload import repeat_to_fill
+
+PART = "prompts"
+_NUM_DECODING = 8
+_LONG = 4000
+_SHARED, _OWN = 1000, 20
+_CALM_STEPS = 40
+
+
+def run(settings: Settings) -> None:
+    """Measures what is not in `prompts.json` yet, each the median of the rounds."""
+    results = settings.results(PART, ())
+    runs = {"long prompt": long_prompt, "shared prefix": shared_prefix}
+    todo = [name for name in runs if name not in results]
+    if not todo:
+        return
+    with bar(PART, len(todo) * settings.rounds, results) as shown:
+        shown.say("loading")
+        config = settings.engine_config(max_num_seqs=_NUM_DECODING + 1, enable_prefix_caching=True)
+        room = _LONG + 2 * settings.max_tokens
+        engine = Engine(replace(config, max_model_len=room))
+        texts = settings.prompts()
+        tokens = [token for text in texts for token in text]
+        for name in todo:
+            found = []
+            for number in range(settings.rounds):
+                shown.say(f"{name}, round {number + 1}")
+                figures, around = undisturbed(partial(runs[name], engine, texts, tokens, number))
+                found.append({**figures, **around})
+                shown.advance()
+            cell = {key: round(median([each[key] for each in found]), 3) for key in found[0]}
+            results.put(name, cell)
+
+
+def long_prompt(
+    engine: Engine, texts: list[list[int]], tokens: list[int], number: int
+) -> dict[str, float]:
+    """Milliseconds between the tokens of sequences that decode, before a prompt comes and while."""
+    params = SamplingParams(max_tokens=engine.max_model_len, temperature=0.0, ignore_eos=True)
+    decoding = [
+        engine.make_sequence(text, params, drafter="none")
+        for text in repeat_to_fill(texts, _NUM_DECODING)[:_NUM_DECODING]
+    ]
+    for sequence in decoding:
+        engine.add(sequence)
+    while not all(sequence.is_decoding for sequence in decoding):
+        engine.step()
+    calm = [_seconds(engine) for _ in range(_CALM_STEPS)]
+    prompt = _prompt(tokens, _LONG, number)
+    newcomer = engine.make_sequence(prompt, replace(params, max_tokens=1), drafter="none")
+    engine.add(newcomer)
+    busy: list[float] = []
+    while not newcomer.is_finished:
+        busy.append(_seconds(engine))
+    _cancel(engine, decoding)
+    return {
+        "ms_before": 1e3 * median(calm),
+        "ms_meanwhile": 1e3 * median(busy),
+        "slowdown": median(busy) / median(calm),
+        "slowdown_of_the_worst_step": max(busy) / median(calm),
+        "seconds_to_first_token": sum(busy),
+    }
+
+
+def shared_prefix(
+    engine: Engine, texts: list[list[int]], tokens: list[int], number: int
+) -> dict[str, float]:
+    """Milliseconds to the first token, of one request and of the next that begins alike."""
+    prefix = _prompt(tokens, _SHARED, number)
+    first, second = (
+        _time_to_first_token(engine, prefix + _prompt(tokens, _OWN, 1000 + 2 * number + turn))
+        for turn in range(2)
+    )
+    return {"ms_without": 1e3 * first, "ms_with": 1e3 * second, "times_as_fast": first / second}
+
+
+def _prompt(tokens: list[int], length: int, number: int) -> list[int]:
+    """Text that no other number begins with."""
+    start = 97 * number % len(tokens)
+    turned = tokens[start:] + tokens[:start]
+    return (turned * -(-length // len(turned)))[:length]
+
+
+def _time_to_first_token(engine: Engine, prompt: list[int]) -> float:
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    sequence = engine.make_sequence(prompt, params, drafter="none")
+    start = time.perf_counter()
+    engine.add(sequence)
+    while not sequence.is_finished:
+        engine.step()
+    return time.perf_counter() - start
+
+
+def _seconds(engine: Engine) -> float:
+    start = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - start
+
+
+def _cancel(engine: Engine, sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        engine.cancel(sequence)
+    engine.step()
+
+
+def summary(cells: Cells) -> str:
+    """Both, one figure a row."""
+    rows: list[list[Any]] = [
+        [name, figure.replace("_", " "), value]
+        for name, cell in cells.items()
+        for figure, value in cell.items()
+    ]
+    return table(["", "", ""], rows)
