@@ -40,7 +40,11 @@ _SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 _CONTEXT = 64
 _REPETITIONS = 4
 _GUESSES = 3
-_NUM_WRITTEN = 8
+# Rows of a sequence, where there are enough sequences.
+_ROWS_EACH = 4
+# Sequences of one row each, against as many rows of fewer.
+_MAX_SPREAD = 8
+_NUM_DRAFTS = 8
 
 T = TypeVar("T")
 Accept = Callable[[list[ScheduledSequence], VerifierOutput], list[Verdict | None]]
@@ -111,14 +115,14 @@ class Calibration:
         self._accept = accept
         model = verifier.model
         self._device = model.device
-        self._written: list[int] = []
+        self._drafts: list[int] = []
+        self._num_made = 0
         self._vocab_size: int = model.config.get_text_config().vocab_size
 
     @torch.inference_mode()
     def measure(self) -> Costs:
         """Measures every cost; see `Costs`."""
         with self._sequences() as sequences:
-            self._continue(sequences[0])
             verify, sequence = self._verify_costs(sequences)
             return Costs(
                 verify=verify,
@@ -133,24 +137,20 @@ class Calibration:
         scheduler = self._scheduler
         limit = scheduler.max_model_len
         context = min(_CONTEXT, limit // 2)
+        # So that all of them together have room for the largest pass.
+        num_rows = max(_ROWS_EACH, -(-_ROWS[-1] // scheduler.max_num_seqs))
+        room = min(limit, context + num_rows)
+        text = self._write(context)
+        self._drafts = text[context + 1 :]
         sequences: list[Sequence] = []
         try:
-            for index in range(scheduler.max_num_seqs):
-                sequence = Sequence(
-                    id=-1 - index,
-                    token_ids=[(7 * i + index) % self._vocab_size for i in range(context)],
-                    num_prompt_tokens=context,
-                    params=SamplingParams(temperature=0.0),
-                    seed=index,
-                    drafter="",
-                    max_lookahead=0,
-                )
-                # The first one is used for passes over many tokens.
-                tokens = min(limit, context + _ROWS[-1]) if index == 0 else context + _GUESSES + 1
-                if not scheduler.pool.grow(sequence, min(limit, tokens)):
+            for _ in range(scheduler.max_num_seqs):
+                sequence = self._make(text[:context], SamplingParams(temperature=0.0))
+                if not scheduler.pool.grow(sequence, room):
                     break
                 sequences.append(sequence)
                 self._prefill(sequence)
+                sequence.token_ids.append(text[context])
             yield sequences
         finally:
             for sequence in sequences:
@@ -158,7 +158,42 @@ class Calibration:
                 for drafter in self._drafters.values():
                     drafter.forget(sequence)
 
-    def _prefill(self, sequence: Sequence) -> None:
+    def _make(self, token_ids: list[int], params: SamplingParams) -> Sequence:
+        self._num_made += 1
+        return Sequence(
+            id=-self._num_made,
+            token_ids=list(token_ids),
+            num_prompt_tokens=len(token_ids),
+            params=params,
+            seed=0,
+            drafter="",
+            max_lookahead=0,
+        )
+
+    def _write(self, length: int) -> list[int]:
+        """A text that is `length` tokens long and a few more, the second half the verifier's own.
+
+        Behind tokens at random it would be in states that no text leads to.
+        """
+        start = [7 * index % self._vocab_size for index in range(max(1, length // 2))]
+        sequence = self._make(start, SamplingParams(temperature=1.0))
+        try:
+            while sequence.num_tokens < length + _NUM_DRAFTS:
+                assert self._scheduler.pool.grow(sequence, sequence.num_tokens)
+                output = self._prefill(sequence)
+                [verdict] = self._accept([ScheduledSequence(sequence, 1, 0)], output)
+                # A model without numbers writes anything.
+                sequence.token_ids += verdict.token_ids[:1] if verdict else []
+                if sequence.num_uncomputed == 0:
+                    sequence.token_ids.append(1)
+        finally:
+            self._scheduler.pool.shrink(sequence, 0)
+            for drafter in self._drafters.values():
+                drafter.forget(sequence)
+        return sequence.token_ids
+
+    def _prefill(self, sequence: Sequence) -> VerifierOutput:
+        """Computes all known tokens; what stands behind the last."""
         num_tokens = sequence.num_tokens
         step = self._scheduler.max_num_batched_tokens
         while sequence.num_computed < num_tokens:
@@ -168,21 +203,9 @@ class Calibration:
                 drafter.prefill([scheduled])
             output = self._verifier.forward([scheduled])
             sequence.num_computed += part
-        # The verifier's own: behind others it may be in states that no text leads to.
-        sequence.token_ids.append(self._own([scheduled], output)[0])
         for drafter in self._drafters.values():
             drafter.observe(sequence, output.hidden[-1])
-
-    def _continue(self, sequence: Sequence) -> None:
-        """Writes a few tokens, which are drafts of the passes that are measured."""
-        for _ in range(_NUM_WRITTEN):
-            batch = [ScheduledSequence(sequence, 1, len(self._written), Draft(self._written))]
-            self._written = self._own(batch, self._verifier.forward(batch))
-
-    def _own(self, batch: list[ScheduledSequence], output: VerifierOutput) -> list[int]:
-        """The verifier's tokens for one sequence; any if there are none."""
-        [verdict] = self._accept(batch, output)
-        return verdict.token_ids if verdict and verdict.token_ids else [1]
+        return output
 
     def _time(
         self, runs: Mapping[T, Callable[[], object]], before: Callable[[], object] = int
@@ -203,23 +226,38 @@ class Calibration:
         # The first only warms up.
         return {key: min(each[1:]) for key, each in seconds.items()}
 
-    def _pass(self, sequences: list[Sequence], num_drafts: int) -> Callable[[], object]:
-        draft = Draft(list(islice(cycle(self._written), num_drafts)))
-        batch = [ScheduledSequence(s, 1, num_drafts, draft) for s in sequences]
+    def _pass(self, sequences: list[Sequence], num_rows: int) -> Callable[[], object]:
+        """A pass over so many rows, dealt evenly to the sequences."""
+        batch = []
+        for index, sequence in enumerate(sequences):
+            num_drafts = (num_rows - index - 1) // len(sequences)
+            drafts = list(islice(cycle(self._drafts), num_drafts))
+            batch.append(ScheduledSequence(sequence, 1, num_drafts, Draft(drafts)))
         return lambda: self._accept(batch, self._verifier.forward(batch))
 
     def _verify_costs(self, sequences: list[Sequence]) -> tuple[Curve, float]:
-        """A pass by its rows, for one sequence, and what each further sequence adds."""
+        """A pass by its rows, for one sequence, and what each further sequence adds.
+
+        Rows are dealt as in service, a few to each sequence.
+        """
         first = sequences[0]
         room = len(first.block_table) * self._scheduler.pool.block_size - first.num_computed
-        limit = min(room, self._scheduler.max_num_batched_tokens)
-        count = min(8, len(sequences))
-        runs = {(1, rows): self._pass([first], rows - 1) for rows in _ROWS if rows <= limit}
-        runs[count, count] = self._pass(sequences[:count], 0)
+        limit = min(room * len(sequences), self._scheduler.max_num_batched_tokens)
+        counts = {n: min(len(sequences), -(-n // _ROWS_EACH)) for n in _ROWS if n <= limit}
+        layouts = [(count, num_rows) for num_rows, count in counts.items()]
+        spread = max(n for n in counts if n <= min(_MAX_SPREAD, len(sequences)))
+        runs = {
+            (count, num_rows): self._pass(sequences[:count], num_rows)
+            for count, num_rows in [*layouts, (spread, spread)]
+        }
         seconds = self._time(runs)
-        together = seconds.pop((count, count)) if count > 1 else 0.0
-        verify = Curve({rows: each for (_, rows), each in seconds.items()})
-        return verify, max(0.0, together - verify(count)) / max(1, count - 1)
+        more = spread - counts[spread]
+        sequence = 0.0
+        if more:
+            sequence = (seconds[spread, spread] - seconds[counts[spread], spread]) / more
+        sequence = max(0.0, sequence)
+        verify = {n: seconds[count, n] - sequence * (count - 1) for n, count in counts.items()}
+        return Curve(verify), sequence
 
     def _prompt_token_cost(self, sequence: Sequence) -> float:
         """From passes over a half and the whole of a prompt."""

@@ -74,8 +74,10 @@ def _fused(norm: nn.Module) -> FusedRMSNorm | None:
         return None
     run = found.rms_norm
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    sizes = [ctypes.c_int64, number, ctypes.c_float, number, number]
-    run.argtypes = [pointer, pointer, pointer, *sizes]
+    run.argtypes = [
+        *(pointer, pointer, pointer, ctypes.c_int64, number),
+        *(ctypes.c_float, number, number),
+    ]
     run.restype = None
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn((_PROBES, len(weight)), generator=generator).to(weight.dtype)
