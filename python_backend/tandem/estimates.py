@@ -75,8 +75,13 @@ class _Luck:
         return self.surplus / (self.trials + _SEQUENCE_WEIGHT)
 
     def add(self, hit: bool, expected: float) -> None:
-        self.surplus = _SEQUENCE_MEMORY * self.surplus + hit - expected
-        self.trials = _SEQUENCE_MEMORY * self.trials + 1
+        self.fade()
+        self.surplus += hit - expected
+        self.trials += 1
+
+    def fade(self) -> None:
+        self.surplus *= _SEQUENCE_MEMORY
+        self.trials *= _SEQUENCE_MEMORY
 
 
 class Estimates:
@@ -123,6 +128,12 @@ class Estimates:
             # Guesses that were not worth verifying: left out, the rest would look too good.
             for position in range(num_verified, len(confidences)):
                 record.by_position[position].add(record.worth(source, confidences[position]))
+
+    def pause(self, sequence: Sequence) -> None:
+        """Lets a sequence's luck fade in a step without drafts: its text goes on to other things."""
+        luck = self._luck.get(sequence.id)
+        if luck is not None:
+            luck.fade()
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is known of a sequence that has ended."""

@@ -221,6 +221,7 @@ class AdaptiveLookahead(Lookahead):
         for scheduled in batch:
             if scheduled.sequence.max_lookahead > 0 and scheduled.num_draft_tokens == 0:
                 self._idle_steps[scheduled.sequence.id] += 1
+                self.estimates.pause(scheduled.sequence)
             else:
                 self._idle_steps.pop(scheduled.sequence.id, None)
 

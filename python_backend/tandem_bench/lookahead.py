@@ -41,6 +41,7 @@ class Load(NamedTuple):
 
     prompts: list[list[int]]
     temperature: float
+    waves: float | None = None  # by concurrency if not given
 
 
 def run(settings: Settings) -> None:
@@ -78,7 +79,7 @@ def make_load(engine: Engine, kind: str) -> Load:
     if kind == "random":
         chance = random.Random(0)
         tokens = range(1000, engine.verifier.model.config.get_text_config().vocab_size)
-        return Load([chance.choices(tokens, k=_RANDOM_TOKENS) for _ in range(8)], 2.0)
+        return Load([chance.choices(tokens, k=_RANDOM_TOKENS) for _ in range(8)], 2.0, 1.0)
     texts = prompts_by_kind()[kind if kind == "code" else "prose"]
     if kind == "copying":
         texts = ["\n".join([text] * _COPIES) + "\n" for text in texts]
@@ -87,7 +88,7 @@ def make_load(engine: Engine, kind: str) -> Load:
 
 def measure(engine: Engine, load: Load, settings: Settings, concurrency: int) -> dict[str, Any]:
     """Tokens a second of each lookahead, medians of the rounds, and what each drafted."""
-    count = int(concurrency * _WAVES.get(concurrency, 1.5))
+    count = int(concurrency * (load.waves or _WAVES.get(concurrency, 1.5)))
     params = [
         SamplingParams(
             max_tokens=settings.max_tokens, temperature=load.temperature, seed=n, ignore_eos=True

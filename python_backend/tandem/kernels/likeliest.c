@@ -204,15 +204,14 @@ void likeliest(const Element *states, const Element *head, const uint8_t *weight
     Found *mine = found + (int64_t)thread * num_rows;
     int stop = (int64_t)num_blocks * (thread + 1) / threads;
     for (int block = (int64_t)num_blocks * thread / threads; block < stop; block++) {
-      int r = 0;
-#define SCORE(n)                       \
-  for (; r + n <= num_rows; r += n)    \
-    score_block(&rounded_head, block, rounded + r, mine + r, capacity, n)
-      SCORE(ROWS);
-      SCORE(8);
-      SCORE(4);
-      SCORE(2);
-      SCORE(1);
+      for (int r = 0; r < num_rows; r += ROWS) {
+#define SCORE(n) \
+  case n: score_block(&rounded_head, block, rounded + r, mine + r, capacity, n); break
+        switch (num_rows - r < ROWS ? num_rows - r : ROWS) {
+          SCORE(1); SCORE(2); SCORE(3); SCORE(4); SCORE(5); SCORE(6); SCORE(7); SCORE(8);
+          SCORE(9); SCORE(10); SCORE(11); SCORE(12); SCORE(13); SCORE(14); SCORE(15); SCORE(16);
+        }
+      }
     }
   }
 #pragma omp parallel for num_threads(num_threads)
