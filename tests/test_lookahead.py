@@ -223,3 +223,21 @@ def test_a_lucky_sequence_is_told_from_its_drafters_record() -> None:
     [high], [low] = (lookahead.estimates.chances(s, 1) for s in (lucky, other))
     assert high > 0.8
     assert low < 0.2
+
+
+def test_luck_fades_while_a_sequence_has_no_drafts() -> None:
+    """Step by step it gets nearer to what its drafter's record says."""
+    lookahead = AdaptiveLookahead(CostModel(costs("model")))
+    unlucky, new = (sequence(8, 1, 10**6, 4, number) for number in (1, 2))
+    for _ in range(10):
+        lookahead.estimates.observe(new, "", [], 1, 1)
+        lookahead.estimates.observe(unlucky, "", [], 1, 0)
+    lookahead.forget(new)
+    far = []
+    for _ in range(60):
+        [low], [usual] = (lookahead.estimates.chances(s, 1) for s in (unlucky, new))
+        far.append(usual - low)
+        lookahead.choose([ScheduledSequence(unlucky, 1, 0)])
+    assert far[0] > 0.2
+    assert far == sorted(far, reverse=True)
+    assert far[-1] < 0.2 * far[0]

@@ -130,7 +130,7 @@ class Estimates:
                 record.by_position[position].add(record.worth(source, confidences[position]))
 
     def pause(self, sequence: Sequence) -> None:
-        """Lets a sequence's luck fade in a step without drafts: its text goes on to other things."""
+        """Lets a sequence's luck fade in a step without drafts, as its text goes on."""
         luck = self._luck.get(sequence.id)
         if luck is not None:
             luck.fade()
