@@ -106,3 +106,9 @@ def test_what_is_observed_corrects_the_costs() -> None:
     before = model.verify(8, 8)
     model.observe_verify(8, 8, 0, 10.0)  # a pause of the machine
     assert model.verify(8, 8) < 1.1 * before
+
+
+def test_sequences_of_a_few_tokens_are_measured_too(load: Any) -> None:
+    engine = load(max_model_len=8, kv_cache_tokens=8, block_size=2, max_num_seqs=1)
+    assert engine.load.num_blocks_used == 0
+    assert engine.lookahead.costs.verify(1, 1) > 0

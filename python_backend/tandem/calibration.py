@@ -141,7 +141,7 @@ class Calibration:
         num_rows = max(_ROWS_EACH, -(-_ROWS[-1] // scheduler.max_num_seqs))
         room = min(limit, context + num_rows)
         text = self._write(context)
-        self._drafts = text[context + 1 :]
+        self._drafts = text[context + 1 :] or text
         sequences: list[Sequence] = []
         try:
             for _ in range(scheduler.max_num_seqs):
@@ -178,7 +178,7 @@ class Calibration:
         start = [7 * index % self._vocab_size for index in range(max(1, length // 2))]
         sequence = self._make(start, SamplingParams(temperature=1.0))
         try:
-            while sequence.num_tokens < length + _NUM_DRAFTS:
+            while sequence.num_tokens < min(length + _NUM_DRAFTS, self._scheduler.max_model_len):
                 assert self._scheduler.pool.grow(sequence, sequence.num_tokens)
                 output = self._prefill(sequence)
                 [verdict] = self._accept([ScheduledSequence(sequence, 1, 0)], output)

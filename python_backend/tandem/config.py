@@ -111,8 +111,8 @@ class EngineConfig:
         lookahead: "adaptive" drafts as far as it pays by measured costs and acceptance, at most
             each drafter's `num_speculative_tokens`; "fixed" always as many.
         batch_invariant: a request's tokens are the same, to the last bit of their logits, whatever
-            else is in the batch, however its prompt is cut, with drafts and without, in any dtype;
-            costs some time. On CPUs with oneDNN.
+            else is in the batch, however its prompt is cut, with drafts and without, in bfloat16
+            too; costs some time. On CPUs with oneDNN and a C compiler.
         synthetic_acceptance_rates: for benchmarks alone: drafts are accepted by coin, at these
             shares of rounds by position, whatever the verifier says.
     """

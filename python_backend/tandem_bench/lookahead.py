@@ -137,6 +137,8 @@ def decode(
             tokens += sum(len(delta.token_ids) for delta in deltas)
             drafts += sum(delta.num_draft_tokens for delta in deltas)
         live = [s for s in live if not s.is_finished]
+    if not steps:
+        raise ValueError(f"no step had all {concurrency} requests decoding: raise --max-tokens")
     return {
         "tokens_per_second": tokens / seconds,
         "tokens_per_step": tokens / steps,
