@@ -2,6 +2,8 @@
 
 Each pod is a Triton with the default model on a core of its own. The same conversations run twice,
 in different words: once with a `prompt_cache_key`, by which Envoy picks the pod, and once without.
+Between turns a user reads: without that pause, the pod that has just answered is the one with the
+fewest requests and gets the next turn anyway.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -73,6 +76,7 @@ async def converse(url: str, arguments: argparse.Namespace, name: str, affinity:
 
     async def one(client: AsyncClient, number: int) -> None:
         text = f"{name}, {number}. "
+        draw = random.Random(number)
         for turn in range(arguments.turns):
             text += texts[(number * arguments.turns + turn) % len(texts)] + "\n"
             options: Options = {"max_tokens": 32, "temperature": 0.0}
@@ -80,6 +84,7 @@ async def converse(url: str, arguments: argparse.Namespace, name: str, affinity:
                 options["prompt_cache_key"] = f"{name} {number}"
             answer = await client.generate(text, **options)
             text += answer.text + "\n"
+            await asyncio.sleep(draw.expovariate(1 / arguments.think_seconds))
 
     async with AsyncClient(url) as client:
         await asyncio.gather(*(one(client, n) for n in range(arguments.conversations)))
@@ -91,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pods", type=int, default=2)
     parser.add_argument("--conversations", type=int, default=12)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--think-seconds", type=float, default=3, help="between turns, mean (3)")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
 """Sends the same load to real pods and to simulated ones, and compares.
 
 Each pod is a Triton with the default model on a core of its own, behind the deployed Envoy. The
-costs must be those of such a pod: measured on one core. What a step takes beside them is found from
-the whole answers of one pod; the rest is prediction.
+costs must be those of such a pod: measured on one core. Two figures are found from one pod: what a
+step takes beside its costs, and what a request takes beside its steps. Two pods are prediction.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from triton_server import ServerError
 
 MODEL = ROOT / "model_repository/tandem"
 PROMPTS = ROOT / "prompts/held_out.jsonl"
-_FITTED = "whole answer, mean"
+_FIRST_TOKEN, _WHOLE = "time to first token, mean", "whole answer, mean"
 _FIRST = 0.25  # of the requests, while the pods fill
 
 
@@ -48,12 +48,16 @@ class Times:
         start = int(_FIRST * len(self.first_token))
         first, whole = self.first_token[start:], self.whole[start:]
         return {
-            "time to first token, mean": float(np.mean(first)),
+            _FIRST_TOKEN: float(np.mean(first)),
             "time to first token, p50": float(np.quantile(first, 0.5)),
             "time to first token, p95": float(np.quantile(first, 0.95)),
-            _FITTED: float(np.mean(whole)),
+            _WHOLE: float(np.mean(whole)),
             "whole answer, p95": float(np.quantile(whole, 0.95)),
         }
+
+    def later(self, seconds: float) -> Times:
+        """All of them this much later."""
+        return Times([t + seconds for t in self.first_token], [t + seconds for t in self.whole])
 
 
 def main() -> int:
@@ -73,16 +77,19 @@ def main() -> int:
         costs = Costs(values, arguments.drafter, arguments.acceptance, rest)
         return Study(costs, settings, workload, 1.0, Path())
 
-    rest, capacity = 0.0, study(0.0).capacity()
+    rest, delay, capacity = 0.0, 0.0, study(0.0).capacity()
     try:
         for num in (1, 2):
             rate = arguments.load * num * capacity
             arrivals = made_up_arrivals(workload, rate, arguments.seconds)
             measured = measure(num, arrivals, arguments.drafter, arguments.lookahead).figures()
             if num == 1:
-                rest = find_rest(lambda r: simulate(study(r), 1, arrivals), measured[_FITTED])  # noqa: B023
-                print(f"beside its costs, a step takes {1000 * rest:.1f} ms")
-            simulated = simulate(study(rest), num, arrivals).figures()
+                rest = find_rest(lambda r: simulate(study(r), 1, arrivals), measured)  # noqa: B023
+                without = simulate(study(rest), 1, arrivals).figures()
+                delay = measured[_FIRST_TOKEN] - without[_FIRST_TOKEN]
+                print(f"a step takes {1000 * rest:.1f} ms beside its costs,")
+                print(f"a request {1000 * delay:.1f} ms beside its steps")
+            simulated = simulate(study(rest), num, arrivals).later(delay).figures()
             print(f"{num} pods, {rate:.2f} requests/s, {len(arrivals)} requests")
             print(f"{'':28}{'measured':>10}{'simulated':>11}{'ratio':>8}")
             for name, seconds in measured.items():
@@ -94,12 +101,16 @@ def main() -> int:
     return 0
 
 
-def find_rest(run: Callable[[float], Times], whole: float) -> float:
-    """The seconds a step with which simulated answers take `whole` in the mean."""
+def find_rest(run: Callable[[float], Times], measured: dict[str, float]) -> float:
+    """The seconds a step with which answers take as long, from the first token on, as measured."""
+
+    def generation(figures: dict[str, float]) -> float:
+        return figures[_WHOLE] - figures[_FIRST_TOKEN]
+
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        if run(middle).figures()[_FITTED] < whole:
+        if generation(run(middle).figures()) < generation(measured):
             low = middle
         else:
             high = middle

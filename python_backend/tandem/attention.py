@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ ATTENTION = "tandem"
 _UNSUPPORTED = ("softcap", "s_aux")
 # From so many queries of one sequence on, matrix products win over the kernel.
 _MANY_QUERIES = 16
+# A CPU computes so many of them at once: their scores stay in its caches, and fewer are of keys
+# that lie behind the query.
+_QUERIES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Span:
 
 @dataclass(frozen=True)
 class _Read:
-    """What one span reads in a layer: its queries, its slots, and a mask if some are hidden."""
+    """What queries of one span read in a layer: their slots, and a mask if some are hidden."""
 
     queries: slice
     slots: tuple[slice, ...]
@@ -74,6 +78,7 @@ class PackedBatch:
         self.kernel: AttentionKernel | None = attention_kernel(device, dtype)
         assert self.kernel is not None or not batch_invariant
         self._too_many = math.inf if batch_invariant else _MANY_QUERIES
+        self.queries_at_once = _QUERIES_AT_ONCE if device.type == "cpu" and causal else None
         self._queries: dict[int | None, Queries | None] = {}
         self._reads: dict[tuple[int | None, int], list[_Read]] = {}
 
@@ -113,15 +118,28 @@ class PackedBatch:
         if key not in self._reads:
             start, reads = 0, []
             for span in self._spans:
-                queries = slice(start, start + span.num_queries)
-                if not self._uses_kernel(span):
-                    earliest = span.kv_len - span.num_queries + 1 if self._causal else span.kv_len
+                if self._uses_kernel(span):
+                    start += span.num_queries
+                    continue
+                for part in self._parts(span):
+                    queries = slice(start, start + part.num_queries)
+                    earliest = part.kv_len - part.num_queries + 1 if self._causal else part.kv_len
                     first = self._first_key(earliest, window)
-                    mask = self._mask(span, first, window, num_groups)
-                    reads.append(_Read(queries, self._runs(span, first), mask))
-                start = queries.stop
+                    mask = self._mask(part, first, window, num_groups)
+                    reads.append(_Read(queries, self._runs(part, first), mask))
+                    start = queries.stop
             self._reads[key] = reads
         return self._reads[key]
+
+    def _parts(self, span: Span) -> list[Span]:
+        """The span as several, one behind the other, where that is faster."""
+        size = self.queries_at_once or span.num_queries
+        known = span.kv_len - span.num_queries
+        stops = [*range(size, span.num_queries, size), span.num_queries]
+        return [
+            Span(stop - start, known + stop, span.block_table)
+            for start, stop in pairwise([0, *stops])
+        ]
 
     def _uses_kernel(self, span: Span) -> bool:
         return self.kernel is not None and span.num_queries < self._too_many
@@ -198,11 +216,20 @@ def paged_attention(
         # The query heads that share a KV head become rows of one product.
         grouped = query[:, :, read.queries].reshape(1, num_kv_heads, -1, head_dim)
         keys, values = _read(key, read.slots), _read(value, read.slots)
-        attended = scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=read.mask, scale=scaling
-        )
+        attended = _attend(grouped, keys, values, read.mask, scaling)
         output[read.queries] = attended.view(num_heads, -1, head_dim).transpose(0, 1)
     return output.unsqueeze(0), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of `[1, num_kv_heads, num_rows, head_dim]`."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # oneDNN's bfloat16 products, which torch's own attention does not use without AMX.
+        scores = torch.matmul(query, key.transpose(-2, -1)).float().mul_(scale)
+        if mask is not None:
+            scores += mask
+        return torch.matmul(scores.softmax(-1).to(query.dtype), value)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _read(pool: Tensor, slots: tuple[slice, ...]) -> Tensor:
