@@ -24,7 +24,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from fleet_model import Costs, PodSettings
-from fleet_studies import Arrival, Fleet, Study, Workload, made_up_arrivals
+from fleet_simulation import Arrival, Fleet, Study, Workload, made_up_arrivals
 from local_fleet import Envoy, Pod
 from tandem_client import AsyncClient, Options
 from triton_runtime import ROOT

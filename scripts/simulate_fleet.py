@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from fleet_model import Costs, PodSettings
-from fleet_studies import Study, Workload, balancing, load, scaling, speculation
+from fleet_simulation import Study, Workload
+from fleet_studies import balancing, load, scaling, speculation
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = {"load": load, "balancing": balancing, "scaling": scaling, "speculation": speculation}

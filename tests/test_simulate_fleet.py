@@ -15,7 +15,7 @@ import simpy
 
 import simulate_fleet
 from fleet_model import Costs, Pod, PodSettings, Request
-from fleet_studies import Arrival, Fleet, Study, Workload
+from fleet_simulation import Arrival, Fleet, Study, Workload
 
 VALUES: dict[str, Any] = {
     "verify": {"1": 0.02, "16": 0.03, "64": 0.07},

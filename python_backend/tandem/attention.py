@@ -26,8 +26,8 @@ ATTENTION = "tandem"
 _UNSUPPORTED = ("softcap", "s_aux")
 # From so many queries of one sequence on, matrix products win over the kernel.
 _MANY_QUERIES = 16
-# A CPU computes so many of them at once: their scores stay in its caches, and fewer are of keys
-# that lie behind the query.
+# A CPU computes so many of them at once: their scores stay in its caches, and keys behind the last
+# of them are left out instead of being masked.
 _QUERIES_AT_ONCE = 128
 
 

@@ -32,6 +32,7 @@ ADAPTIVE = "adaptive"
 TEMPERATURES = (0.3, 0.7, 1.0, 1.3)
 # Batches of requests that follow one another, by concurrency: few requests take longer.
 _WAVES = {1: 5, 4: 3, 8: 2.5, 16: 2, 32: 1.5}
+_FEWEST = 4
 _COPIES = 3
 _RANDOM_TOKENS = 48
 
@@ -88,7 +89,7 @@ def make_load(engine: Engine, kind: str) -> Load:
 
 def measure(engine: Engine, load: Load, settings: Settings, concurrency: int) -> dict[str, Any]:
     """Tokens a second of each lookahead, medians of the rounds, and what each drafted."""
-    count = int(concurrency * (load.waves or _WAVES.get(concurrency, 1.5)))
+    count = max(_FEWEST, int(concurrency * (load.waves or _WAVES.get(concurrency, 1.5))))
     params = [
         SamplingParams(
             max_tokens=settings.max_tokens, temperature=load.temperature, seed=n, ignore_eos=True
