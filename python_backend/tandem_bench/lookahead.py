@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tandem import Engine, SamplingParams, Sequence
 from tandem_bench.figures import median
 from tandem_bench.noise import undisturbed
-from tandem_bench.settings import Settings, bar
+from tandem_bench.settings import Settings, bar, turned
 from tandem_bench.tables import Cells, table
 from tandem_bench.workload import prompts_by_kind
 
@@ -100,8 +100,8 @@ def measure(engine: Engine, load: Load, settings: Settings, concurrency: int) ->
     choices: list[int | None] = [None, *range(MAX_LOOKAHEAD + 1)]
     decode(engine, requests, concurrency, None)  # to learn what this kind of text is like
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for _ in range(settings.rounds):
-        for k in choices:
+    for number in range(settings.rounds):
+        for k in turned(choices, number):
             figures, around = undisturbed(partial(decode, engine, requests, concurrency, k))
             found[ADAPTIVE if k is None else str(k)].append({**figures, **around})
     return {

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoTokenizer
@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 from tandem import EngineConfig, SamplingParams
 from tandem_bench.results import Results
 from tandem_bench.workload import ROOT, read_prompts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Settings:
         return Results(self.output / f"{part}.json", {**chosen, **more, "model": model})
 
 
-def turned(items: Items[str], by: int) -> list[str]:
+def turned(items: Items[T], by: int) -> list[T]:
     """The items, begun elsewhere in each round, so that none is always measured first."""
     start = by % len(items)
     return [*items[start:], *items[:start]]
