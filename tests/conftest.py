@@ -59,6 +59,7 @@ def make_engine(tiny: TinyModels) -> Iterator[Callable[..., Engine]]:
             "kv_cache_tokens": 6400,
             "max_num_seqs": 32,
             "lookahead": "fixed",
+            "enforce_eager": True,
             **settings,
         }
         engines.append(Engine(EngineConfig(**settings)))

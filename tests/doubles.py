@@ -68,8 +68,18 @@ def finish(engine: Engine, max_steps: int = 2000) -> None:
 
 def plain(engine: Engine, requests: Items[tuple[list[int], SamplingParams]]) -> list[list[int]]:
     """What decoding without any drafter generates for each request."""
+    return tokens_of(engine, requests, drafter="none")
+
+
+def tokens_of(
+    engine: Engine,
+    requests: Items[tuple[list[int], SamplingParams]],
+    *,
+    drafter: str | None = None,
+) -> list[list[int]]:
+    """What a drafter, or the default one, generates for each request."""
     sequences = [
-        engine.make_sequence(prompt, params, drafter="none") for prompt, params in requests
+        engine.make_sequence(prompt, params, drafter=drafter) for prompt, params in requests
     ]
     run(engine, sequences)
     return [sequence.output_ids for sequence in sequences]

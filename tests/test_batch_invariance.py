@@ -58,16 +58,21 @@ def run_all(engine: Engine, sequences: list[Sequence], alone: bool) -> None:
         run(engine, group)
 
 
-@pytest.mark.parametrize("name", [name for name in VERIFIERS if name != MIXTURE])
-def test_states_have_the_same_bits(engines, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "enforce_eager"),
+    [*((name, True) for name in VERIFIERS if name != MIXTURE), ("gemma-3", False)],
+)
+def test_states_have_the_same_bits(
+    engines, monkeypatch: pytest.MonkeyPatch, name: str, enforce_eager: bool
+) -> None:
     """Alone without drafts; in one batch with drafts, right and wrong; with other chunks."""
-    engine = engines(name, dtype="bfloat16", **SETTINGS)
+    settings = {**SETTINGS, "dtype": "bfloat16", "enforce_eager": enforce_eager}
+    engine = engines(name, **settings)
+    assert (engine.verifier.compiled is None) == enforce_eager
     expected = states(engine, monkeypatch, drafter="none")
     outputs = dict(enumerate(plain(engine, REQUESTS)))
     for max_num_batched_tokens in (256, 40):
-        other = engines(
-            name, dtype="bfloat16", **SETTINGS, max_num_batched_tokens=max_num_batched_tokens
-        )
+        other = engines(name, **settings, max_num_batched_tokens=max_num_batched_tokens)
         monkeypatch.setitem(other.drafters, "ngram", HalfDrafter(outputs))
         for k in (1, 5):
             found = states(other, monkeypatch, drafter="ngram", num_speculative_tokens=k)

@@ -130,6 +130,7 @@ def write_model(tiny: TinyModels, directory: Path) -> None:
     model = {
         "verifier": str(tiny.verifier("gemma-3")),
         "dtype": "float32",
+        "enforce_eager": True,
         "drafters": {"ngram": {"num_speculative_tokens": 3, "min_ngram_size": 1}},
     }
     (directory / "model.json").write_text(json.dumps(model))

@@ -30,6 +30,7 @@ def load(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
             "drafters": drafters,
             "max_num_seqs": 4,
             "max_model_len": 100,
+            "enforce_eager": True,
             **changes,
         }
         return Engine(EngineConfig(**settings))

@@ -52,6 +52,7 @@ def test_a_drafters_type_is_its_name_unless_given() -> None:
         ({"max_num_seqs": 2.0}, r"max_num_seqs .* got 2\.0"),
         ({"block_size": 0}, "block_size"),
         ({"batch_invariant": 1}, "batch_invariant must be true or false, got 1"),
+        ({"enforce_eager": "no"}, "enforce_eager must be true or false, got 'no'"),
         ({"max_num_seqs": 20, "max_num_batched_tokens": 19}, "max_num_batched_tokens .* 20"),
         ({"max_model_len": 1}, "max_model_len"),
         ({"kv_cache_tokens": "many"}, "kv_cache_tokens .* 'many'"),

@@ -216,6 +216,7 @@ def config(tmp_path: Path, tiny: Any) -> Path:
     values = {
         "verifier": str(tiny.verifier("llama")),
         "dtype": "float32",
+        "enforce_eager": True,
         "drafters": {"ngram": {"min_ngram_size": 1}},
         "max_num_seqs": 4,
         "max_model_len": 200,

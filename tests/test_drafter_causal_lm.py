@@ -79,6 +79,7 @@ def test_the_cache_counts_both_models(tiny: TinyModels) -> None:
                 drafters=drafters,
                 max_model_len=64,
                 kv_cache_tokens=256,
+                enforce_eager=True,
             )
         )
         for drafters in ({}, {"causal_lm": {"model": model}})

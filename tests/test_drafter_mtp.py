@@ -269,6 +269,7 @@ def refuse(tiny: TinyModels, tmp_path: Path) -> Any:
             dtype="float32",
             max_model_len=64,
             drafters={"mtp": {"model": str(path)}},
+            enforce_eager=True,
         )
         with pytest.raises(DrafterMismatchError, match=match):
             Engine(config)

@@ -55,7 +55,7 @@ def engine_with(verifier: Path, drafter: Path, **settings: Any) -> Engine:
             lookahead="fixed",
             block_size=4,
             kv_cache_tokens=2048,
-            **settings,
+            **{"enforce_eager": True, **settings},
         )
     )
 

@@ -28,7 +28,13 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
 
 def config_of(path: Path, **changes: Any) -> EngineConfig:
-    values = {"dtype": "float32", "max_model_len": 64, "kv_cache_tokens": 512, "block_size": 4}
+    values = {
+        "dtype": "float32",
+        "max_model_len": 64,
+        "kv_cache_tokens": 512,
+        "block_size": 4,
+        "enforce_eager": True,
+    }
     return EngineConfig(**{"verifier": str(path), **values, **changes})
 
 

@@ -72,6 +72,8 @@ class Engines:
             "kv_cache_tokens": 8192,
             # Rounds of known length; adaptive ones are tests of their own.
             "lookahead": "fixed",
+            # Compiling takes longer than a test; it has tests of its own.
+            "enforce_eager": True,
             # What one test has run would be in the cache for all others.
             "enable_prefix_caching": False,
             **settings,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +50,24 @@ class _Read:
     mask: Tensor | None  # [1, 1, num_groups * num_queries, num_keys]
 
 
+class Packed(Protocol):
+    """What a model passes on to the attention function."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Attention over a layer's pool.
+
+        Args:
+            query: `[1, num_heads, num_tokens, head_dim]`.
+            key, value: what the model's cache gave for the layer.
+            window: how many tokens a query sees, itself included; all if None.
+
+        Returns:
+            `[1, num_tokens, num_heads, head_dim]`.
+        """
+
+
 class PackedBatch:
     """Describes a packed row to the attention function.
 
@@ -81,6 +100,36 @@ class PackedBatch:
         self.queries_at_once = _QUERIES_AT_ONCE if device.type == "cpu" and causal else None
         self._queries: dict[int | None, Queries | None] = {}
         self._reads: dict[tuple[int | None, int], list[_Read]] = {}
+
+    @property
+    def runs_on_kernel(self) -> bool:
+        """Whether no query needs anything but the kernel."""
+        return all(map(self._uses_kernel, self._spans))
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Those of the layers that have attended so far."""
+        return list(self._queries)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """See `Packed`; key and value are the pool, `[num_slots, num_kv_heads, head_dim]`."""
+        _, num_heads, num_tokens, head_dim = query.shape
+        num_kv_heads = key.shape[1]
+        num_groups = num_heads // num_kv_heads
+        output = query.new_empty(num_tokens, num_heads, head_dim)
+        queries = self.queries(window)
+        if queries is not None:
+            assert self.kernel is not None
+            self.kernel(query[0], key, value, output, queries, scaling)
+        for read in self.reads(window, num_groups):
+            # The query heads that share a KV head become rows of one product.
+            grouped = query[:, :, read.queries].reshape(1, num_kv_heads, -1, head_dim)
+            keys, values = _read(key, read.slots), _read(value, read.slots)
+            attended = _attend(grouped, keys, values, read.mask, scaling)
+            output[read.queries] = attended.view(num_heads, -1, head_dim).transpose(0, 1)
+        return output.unsqueeze(0)
 
     def slots(self) -> Tensor:
         """The slots of the queries' own K/V, `[num_tokens]`."""
@@ -186,39 +235,20 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed: PackedBatch,
+    packed: Packed,
     scaling: float,
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row over the pool.
-
-    Args:
-        query: `[1, num_heads, num_tokens, head_dim]`.
-        key, value: the layer's pool, `[num_slots, num_kv_heads, head_dim]`.
-        packed: which tokens belong together and where their K/V lie.
+    """Attention of a packed row over the pool, as transformers calls it.
 
     Returns:
-        `[1, num_tokens, num_heads, head_dim]`, and None in place of the weights.
+        What `packed` attends to, and None in place of the weights.
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the paged attention has no {name}, which this model uses")
-    _, num_heads, num_tokens, head_dim = query.shape
-    num_kv_heads = key.shape[1]
-    num_groups = num_heads // num_kv_heads
-    output = query.new_empty(num_tokens, num_heads, head_dim)
-    queries = packed.queries(sliding_window)
-    if queries is not None:
-        assert packed.kernel is not None
-        packed.kernel(query[0], key, value, output, queries, scaling)
-    for read in packed.reads(sliding_window, num_groups):
-        # The query heads that share a KV head become rows of one product.
-        grouped = query[:, :, read.queries].reshape(1, num_kv_heads, -1, head_dim)
-        keys, values = _read(key, read.slots), _read(value, read.slots)
-        attended = _attend(grouped, keys, values, read.mask, scaling)
-        output[read.queries] = attended.view(num_heads, -1, head_dim).transpose(0, 1)
-    return output.unsqueeze(0), None
+    return packed.attend(query, key, value, scaling, sliding_window), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -27,7 +27,7 @@ from tandem.acceptance import Verdict
 from tandem.config import EngineConfig
 from tandem.costs import Costs, Curve, DraftCosts
 from tandem.drafters import Drafter, DraftRequest
-from tandem.machine import cache_directory, cpu_name
+from tandem.machine import cache_directory, code_hash, cpu_name
 from tandem.params import SamplingParams
 from tandem.scheduler import Scheduler
 from tandem.sequence import Draft, ScheduledSequence, Sequence
@@ -87,16 +87,10 @@ def _cache_path(config: EngineConfig) -> Path:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": [torch.__version__, transformers.__version__],
-        "code": _code_hash(),
+        "code": code_hash(),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     return cache_directory() / f"costs-{key[:16]}.json"
-
-
-def _code_hash() -> str:
-    """Changes with Tandem itself, which may have become faster."""
-    files = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".c", ".h"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class Calibration:

@@ -113,6 +113,8 @@ class EngineConfig:
         batch_invariant: a request's tokens are the same, to the last bit of their logits, whatever
             else is in the batch, however its prompt is cut, with drafts and without, in bfloat16
             too; costs some time. On CPUs with oneDNN and a C compiler.
+        enforce_eager: never compile the verifier's pass, which takes half a minute when a model is
+            first loaded on a machine.
         synthetic_acceptance_rates: for benchmarks alone: drafts are accepted by coin, at these
             shares of rounds by position, whatever the verifier says.
     """
@@ -133,6 +135,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     lookahead: str = "adaptive"
     batch_invariant: bool = False
+    enforce_eager: bool = False
     synthetic_acceptance_rates: Sequence[float] = ()
 
     def __post_init__(self) -> None:
@@ -152,7 +155,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_tokens"):
             if getattr(self, name) is not None:
                 _check_int(where, name, getattr(self, name), 2)
-        for name in ("enable_prefix_caching", "batch_invariant"):
+        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ConfigError(f"{where}: {name} must be true or false, got {value!r}")

@@ -24,7 +24,7 @@ def load_drafters(config: EngineConfig, verifier: LoadedVerifier) -> dict[str, D
     """
     drafters: dict[str, Drafter] = {}
     for name, settings in config.drafter_configs.items():
-        drafters[name] = _load_drafter(settings, verifier)
+        drafters[name] = _load_drafter(settings, verifier, enforce_eager=config.enforce_eager)
     limits = config.max_lookaheads
     for ngram, model in config.drafter_pairs:
         lookup = drafters[ngram]
@@ -35,7 +35,9 @@ def load_drafters(config: EngineConfig, verifier: LoadedVerifier) -> dict[str, D
     return drafters
 
 
-def _load_drafter(settings: DrafterConfig, verifier: LoadedVerifier) -> Drafter:
+def _load_drafter(
+    settings: DrafterConfig, verifier: LoadedVerifier, *, enforce_eager: bool
+) -> Drafter:
     if settings.type == "ngram":
         return NgramDrafter(
             settings.min_ngram_size, settings.max_ngram_size, settings.num_shared_tokens
@@ -44,10 +46,12 @@ def _load_drafter(settings: DrafterConfig, verifier: LoadedVerifier) -> Drafter:
         draft_model = verifier.draft_models[settings.name]
         return CausalLMDrafter(draft_model.model, draft_model.cache)
     assert settings.model is not None, "DrafterConfig lets no 'mtp' without a model through"
-    return _load_mtp_drafter(settings.name, settings.model, verifier)
+    return _load_mtp_drafter(settings.name, settings.model, verifier, enforce_eager=enforce_eager)
 
 
-def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDrafter:
+def _load_mtp_drafter(
+    name: str, path: str, verifier: LoadedVerifier, *, enforce_eager: bool
+) -> MTPDrafter:
     assistant = load_model(path, verifier.model.dtype, verifier.model.device)
     fuse_norms(assistant)
     packs = can_pack(assistant.device, assistant.dtype)
@@ -55,7 +59,9 @@ def _load_mtp_drafter(name: str, path: str, verifier: LoadedVerifier) -> MTPDraf
         assistant.attach(verifier.model)
         if packs:
             pack_linears(assistant, int8=True)
-        return TrainedDrafter(assistant, verifier.model, verifier.cache)
+        return TrainedDrafter(
+            assistant, verifier.model, verifier.cache, enforce_eager=enforce_eager
+        )
     if not hasattr(assistant, "pre_projection"):
         raise ConfigError(
             f"drafters.{name}: {path} is a {type(assistant).__name__}; type 'mtp' needs a Gemma 4 "

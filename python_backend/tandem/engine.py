@@ -60,7 +60,11 @@ class Engine:
         self.max_model_len = loaded.max_model_len
         self.eos_token_ids = loaded.eos_token_ids
         self.verifier = Verifier(
-            loaded.model, loaded.head, loaded.cache, batch_invariant=config.batch_invariant
+            loaded.model,
+            loaded.head,
+            loaded.cache,
+            loaded.compiled,
+            batch_invariant=config.batch_invariant,
         )
         self.drafters: dict[str, Drafter] = load_drafters(config, loaded)
         self.scheduler = Scheduler(

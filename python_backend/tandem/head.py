@@ -36,7 +36,10 @@ class OutputHead(nn.Module):
         return weight
 
     def forward(self, states: Tensor) -> Tensor:
-        """Logits, or anything if the head is deferred."""
+        """Logits, or the states themselves if the head is deferred."""
+        if torch.compiler.is_exporting():
+            assert self.is_deferred
+            return states
         self.states = states
         return states if self.is_deferred else self._head(states)
 

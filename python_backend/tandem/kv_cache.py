@@ -61,6 +61,11 @@ class KVCache:
         """Size of the allocation."""
         return self._storage.numel() * self._storage.element_size()
 
+    @property
+    def layers(self) -> list[int]:
+        """Those that store K/V of their own."""
+        return list(self._layers)
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each `[num_slots, num_kv_heads, head_dim]`: the pool itself."""
         return self._layers[index]

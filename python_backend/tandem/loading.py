@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tandem.attention import ATTENTION
+from tandem.compiled_pass import CompiledPass, compile_pass
 from tandem.config import EngineConfig
 from tandem.drafters.assistant import AssistantConfig
 from tandem.errors import ConfigError, DrafterMismatchError
@@ -69,6 +70,7 @@ class LoadedVerifier:
     head: OutputHead
     tokenizer: PreTrainedTokenizerBase | None
     cache: KVCache
+    compiled: CompiledPass | None
     max_model_len: int
     eos_token_ids: frozenset[int]
     draft_models: dict[str, CachedModel]
@@ -121,6 +123,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         cached[name] = CachedModel(each, cache)
     head.defer()
     verifier = cached.pop(None)
+    compiles = head.is_deferred and not config.enforce_eager
     logger.info(
         "KV cache: %d tokens in %d blocks, %.1f MiB",
         verifier.cache.num_slots,
@@ -129,7 +132,14 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     )
     draft_models = {name: each for name, each in cached.items() if name is not None}
     return LoadedVerifier(
-        model, head, tokenizer, verifier.cache, max_model_len, _eos_token_ids(model), draft_models
+        model,
+        head,
+        tokenizer,
+        verifier.cache,
+        compile_pass(model, verifier.cache) if compiles else None,
+        max_model_len,
+        _eos_token_ids(model),
+        draft_models,
     )
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tandem.kernels import Operators
+from tandem.kernels.operators import linear as in_graph
+
 # The number of rows that the layout is made for; others work as well.
 _ROWS = 16
 _linear = torch.ops.mkldnn._linear_pointwise.default
@@ -26,17 +29,24 @@ class PackedLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        self._number = -1
+
+    def register(self, operators: Operators) -> None:
+        """Gives the weights to the operators of a graph that is going to be made."""
+        self._number = operators.add_linear(self.packed, self.bias)
 
     @property
     def weight(self) -> Tensor:
         """`[out_features, in_features]`, unpacked anew on each access."""
-        dense: Tensor = self._weight.to_dense()
+        dense: Tensor = self.packed.to_dense()
         return dense
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        product: Tensor = _linear(rows, self._weight, self.bias, "none", [], "")
+        if torch.compiler.is_exporting():
+            return in_graph(rows, self._number, self.out_features)
+        product: Tensor = _linear(rows, self.packed, self.bias, "none", [], "")
         return product
 
 
@@ -65,6 +75,16 @@ class Int8Linear(nn.Module):
         self._weight = (weight / self._scale.float().unsqueeze(1)).round().clamp_(-127, 127)
         self._weight = self._weight.to(torch.int8)
         self._packed = PackedLinear(linear)
+        self._number = -1
+
+    def register(self, operators: Operators) -> None:
+        """Gives the weights to the operators of a graph that is going to be made."""
+        self._number = operators.add_linear(
+            self._packed.packed,
+            int8_rows=_INT8_ROWS,
+            int8_weight=self._weight,
+            int8_scale=self._scale,
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -73,6 +93,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
+        if torch.compiler.is_exporting():
+            return in_graph(rows, self._number, self._packed.out_features)
         flat = rows.flatten(0, -2)
         if len(flat) > _INT8_ROWS:
             packed: Tensor = self._packed(rows)

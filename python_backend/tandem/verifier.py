@@ -1,18 +1,18 @@
-"""The packed forward: one pass of the verifier over all tokens of a step."""
+"""One pass of the verifier over all tokens of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.attention import PackedBatch, Span
+from tandem.compiled_pass import CompiledPass
 from tandem.head import OutputHead, likeliest_of
 from tandem.kv_cache import KVCache
+from tandem.packed_pass import packed_logits
 from tandem.sequence import ScheduledSequence
 
 
@@ -56,12 +56,19 @@ class Verifier:
         model: PreTrainedModel,
         head: OutputHead,
         cache: KVCache,
+        compiled: CompiledPass | None = None,
         *,
         batch_invariant: bool = False,
     ) -> None:
+        """Takes a loaded model.
+
+        Args:
+            compiled: its pass over few tokens of each sequence, if there is one.
+        """
         self.model = model
         self.head = head
         self.cache = cache
+        self.compiled = compiled
         self._batch_invariant = batch_invariant
 
     def forward(self, batch: Items[ScheduledSequence]) -> VerifierOutput:
@@ -80,51 +87,17 @@ class Verifier:
             if scheduled.yields_token:
                 rows += range(len(token_ids) - len(scheduled.draft_ids) - 1, len(token_ids))
             spans.append(Span(stop - start, stop, sequence.block_table))
-        logits = packed_logits(
-            self.model,
-            self.cache,
+        packed = PackedBatch(
             spans,
-            token_ids,
-            positions,
-            rows,
+            self.cache.block_size,
+            self.model.dtype,
+            self.model.device,
             batch_invariant=self._batch_invariant,
         )
+        if self.compiled is not None and packed.runs_on_kernel:
+            states = self.compiled(packed, token_ids, positions, rows)
+            return VerifierOutput(states, self.head, None)
+        logits = packed_logits(self.model, self.cache, packed, token_ids, positions, rows)
         assert self.head.states is not None
         hidden, self.head.states = self.head.states, None
         return VerifierOutput(hidden[0], self.head, None if self.head.is_deferred else logits)
-
-
-def packed_logits(
-    model: PreTrainedModel,
-    cache: KVCache,
-    spans: Items[Span],
-    token_ids: list[int],
-    positions: list[int],
-    rows: list[int],
-    *,
-    batch_invariant: bool = False,
-) -> Tensor:
-    """One pass of a causal LM over a packed row, whose K/V it writes.
-
-    Args:
-        spans: how the row is divided among sequences.
-        token_ids, positions: of the row.
-        rows: the places in it behind which logits are wanted.
-        batch_invariant: see `PackedBatch`.
-
-    Returns:
-        `[len(rows), vocab_size]`.
-    """
-    caller: Any = model
-    packed = PackedBatch(
-        spans, cache.block_size, model.dtype, model.device, batch_invariant=batch_invariant
-    )
-    logits: Tensor = caller(
-        input_ids=torch.tensor([token_ids], device=model.device),
-        position_ids=torch.tensor([positions], device=model.device),
-        cache=cache.writer(packed.slots()),
-        use_cache=True,
-        logits_to_keep=torch.tensor(rows, dtype=torch.long, device=model.device),
-        packed=packed,
-    ).logits
-    return logits[0]

@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 8,
     "max_model_len": MAX_MODEL_LEN,
     "lookahead": "fixed",
+    "enforce_eager": True,
 }
 
 

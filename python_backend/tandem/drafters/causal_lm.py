@@ -12,12 +12,12 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tandem.attention import Span
+from tandem.attention import PackedBatch, Span
 from tandem.drafters import Drafter, DraftRequest, GoesOn, always
 from tandem.kv_cache import KVCache
+from tandem.packed_pass import packed_logits
 from tandem.sampling import Draw, guess
 from tandem.sequence import Draft, ScheduledSequence, Sequence
-from tandem.verifier import packed_logits
 
 
 class _Part(NamedTuple):
@@ -102,4 +102,5 @@ class CausalLMDrafter(Drafter):
             positions += range(part.start, stop)
             rows.append(len(token_ids) - 1)
             self._num_valid[part.sequence.id] = stop
-        return packed_logits(self._model, self._cache, spans, token_ids, positions, rows)
+        packed = PackedBatch(spans, self._cache.block_size, self._model.dtype, self._model.device)
+        return packed_logits(self._model, self._cache, packed, token_ids, positions, rows)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tandem.attention import ATTENTION, PackedBatch, Span
 from tandem.drafters import Drafter, DraftRequest, GoesOn, always
 from tandem.drafters.assistant import Assistant, SharedKV, check_fingerprint
+from tandem.drafters.compiled_step import compile_step
 from tandem.errors import DrafterMismatchError
 from tandem.kv_cache import KVCache
 from tandem.sampling import Draw, Guess, guess
@@ -141,7 +142,23 @@ class Gemma4Drafter(MTPDrafter):
 class TrainedDrafter(MTPDrafter):
     """Drafts with an assistant that was trained for the verifier (see `scripts/train_drafter`)."""
 
-    def __init__(self, assistant: Assistant, verifier: PreTrainedModel, cache: KVCache) -> None:
+    def __init__(
+        self,
+        assistant: Assistant,
+        verifier: PreTrainedModel,
+        cache: KVCache,
+        *,
+        enforce_eager: bool = False,
+    ) -> None:
+        """Takes a loaded assistant.
+
+        Args:
+            cache: the verifier's.
+            enforce_eager: whether not to compile it.
+
+        Raises:
+            DrafterMismatchError: it doesn't fit the verifier.
+        """
         check_fingerprint(assistant, verifier)
         for index in assistant.config.source_layers:
             if not cache.has_layer(index):
@@ -150,6 +167,7 @@ class TrainedDrafter(MTPDrafter):
         self.vocabulary = frozenset(assistant.draft_token_ids.tolist())
         self.trained_length = assistant.config.trained_length
         self._shared = SharedKV([cache.layer(index) for index in assistant.config.source_layers])
+        self._compiled = None if enforce_eager else compile_step(assistant, self._shared, cache)
 
     def _advance(
         self,
@@ -159,11 +177,14 @@ class TrainedDrafter(MTPDrafter):
         draws: Items[Draw],
         packed: PackedBatch,
     ) -> tuple[Guess, Tensor]:
-        state = self._assistant(
-            tokens.unsqueeze(0), hidden.unsqueeze(0), positions, self._shared, packed=packed
-        )[0]
+        row = tokens.unsqueeze(0), hidden.unsqueeze(0), positions
+        if self._compiled is not None:
+            state, logits = self._compiled(*row, packed)
+        else:
+            state = self._assistant(*row, self._shared, packed=packed)
+            logits = self._assistant.head(state)
         token_ids = self._assistant.draft_token_ids.expand(len(draws), -1)
-        return guess(self._assistant.head(state), draws, token_ids), state
+        return guess(logits[0], draws, token_ids), state[0]
 
 
 def check_gemma4_fit(assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache) -> None:

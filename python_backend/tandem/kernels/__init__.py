@@ -1,15 +1,18 @@
-"""C for what torch has no fast operation for on a CPU."""
+"""C and C++ for what torch has no fast operation for on a CPU."""
 
 from tandem.kernels.attention import AttentionKernel, Queries, attention_kernel
 from tandem.kernels.likeliest import LikeliestToken, likeliest_token
+from tandem.kernels.operators import Operators, operators
 from tandem.kernels.rms_norm import FusedRMSNorm, fuse_norms
 
 __all__ = [
     "AttentionKernel",
     "FusedRMSNorm",
     "LikeliestToken",
+    "Operators",
     "Queries",
     "attention_kernel",
     "fuse_norms",
     "likeliest_token",
+    "operators",
 ]

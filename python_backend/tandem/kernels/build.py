@@ -1,7 +1,7 @@
-"""Compiles the kernels for this machine when they are first needed.
+"""Compiles kernels and operators for this machine when they are first needed.
 
-The library is kept in Tandem's cache directory. Without a C compiler there is none, and everything
-runs on torch's own operations.
+The libraries are kept in Tandem's cache directory. Without a compiler there are none, and
+everything runs on torch's own operations.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.utils import cpp_extension
 
 from tandem.machine import cache_directory, cpu_name
 
@@ -25,8 +26,10 @@ logger = logging.getLogger("tandem")
 # OpenMP's functions are left to be found in torch's own copy: a second one would have a second
 # team of threads, which compete with the first.
 _COMPILE = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-c")
+_COMPILE_OPERATORS = ("-O2", "-std=c++20", "-fPIC", "-c")
 _LINK = ("-shared",)
 _DEFINITIONS = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
+_FOLDER = Path(__file__).parent
 
 
 @cache
@@ -34,37 +37,69 @@ def library(device: torch.device, dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for a device and type, or None if there are none."""
     if device.type != "cpu" or dtype not in _DEFINITIONS:
         return None
-    wanted = os.environ.get("CC", "gcc"), "cc"
-    compiler = next((found for found in map(shutil.which, wanted) if found), None)
-    if compiler is None:
-        logger.warning("no C compiler: running on torch's operations alone, which is slower")
-        return None
+    sources = sorted(_FOLDER.glob("*.c"))
+    compiler = _first(os.environ.get("CC", "gcc"), "cc")
+    path = _built("kernels", compiler, (*_COMPILE, _DEFINITIONS[dtype]), sources)
     try:
-        return ctypes.CDLL(str(_compile(compiler, _DEFINITIONS[dtype])))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
-        logger.warning("can't compile, running on torch's operations, which is slower: %s", said)
+        return None if path is None else ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("can't load %s, running on torch's operations, which is slower", error)
         return None
 
 
-def _compile(compiler: str, definition: str) -> Path:
-    folder = Path(__file__).parent
-    sources = sorted(folder.glob("*.c"))
-    texts = [path.read_text(encoding="utf-8") for path in (*sources, *folder.glob("*.h"))]
-    facts = [compiler, definition, *_COMPILE, cpu_name(), *texts]
-    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-    path = cache_directory() / f"kernels-{key[:16]}.so"
-    if not path.exists():
+@cache
+def operator_library() -> Path | None:
+    """The operators of compiled passes, as a library for torch, or None."""
+    headers = [f"-I{path}" for path in cpp_extension.include_paths()]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    return _built(
+        "operators",
+        _first(os.environ.get("CXX", "g++"), "c++"),
+        (*_COMPILE_OPERATORS, *headers),
+        sorted(_FOLDER.glob("*.cpp")),
+        link=(*libraries, "-ltorch_cpu", "-lc10"),
+        version=torch.__version__,
+    )
+
+
+def _first(*names: str) -> str | None:
+    return next((found for found in map(shutil.which, names) if found), None)
+
+
+def _built(
+    name: str,
+    compiler: str | None,
+    options: tuple[str, ...],
+    sources: list[Path],
+    *,
+    link: tuple[str, ...] = (),
+    version: str = "",
+) -> Path | None:
+    """The library of these sources, compiled unless it was before; None, and a warning, if not."""
+    if compiler is None:
+        logger.warning("no compiler for %s: running on torch's operations, which is slower", name)
+        return None
+    texts = [path.read_text(encoding="utf-8") for path in (*sources, *_FOLDER.glob("*.h"))]
+    wanted = [compiler, *options, *link, version, cpu_name(), *texts]
+    key = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
+    path = cache_directory() / f"{name}-{key[:16]}.so"
+    if path.exists():
+        return path
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             objects = []
             for source in sources:
                 objects.append(f"{directory}/{source.stem}.o")
-                _run(compiler, *_COMPILE, definition, str(source), "-o", objects[-1])
+                _run(compiler, *options, str(source), "-o", objects[-1])
             made = Path(directory) / path.name
-            _run(compiler, *_LINK, *objects, "-o", str(made))
+            _run(compiler, *_LINK, *objects, *link, "-o", str(made))
             # Another engine may be at the same; the last to end leaves its own.
             made.replace(path)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        logger.warning("can't compile, running on torch's operations, which is slower: %s", said)
+        return None
     return path
 
 

@@ -20,24 +20,33 @@ class FusedRMSNorm(nn.Module):
     """Computes what a transformers RMSNorm computes."""
 
     def __init__(
-        self, weight: Tensor, run: Any, eps: float, *, offset: float, rounds: bool
+        self, norm: nn.Module, run: Any, eps: float, *, offset: float, rounds: bool
     ) -> None:
         """Takes the weight of a norm.
 
         Args:
+            norm: the transformers module; it stands in graphs, whose compiler fuses on its own.
             run: the kernel.
             offset: what is added to the weight; 1 in Gemma.
             rounds: whether the quotient is rounded before it is multiplied.
         """
         super().__init__()
-        self.weight = weight
+        self.norm = norm
         self._run = run
         self._eps = eps
         self._rounds = rounds
-        self._gain = weight.detach().float() + offset
+        self._gain = self.weight.detach().float() + offset
+
+    @property
+    def weight(self) -> Tensor:
+        """`[dim]`."""
+        return self.norm.get_parameter("weight")
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., dim]` to the same."""
+        if torch.compiler.is_exporting():
+            original: Tensor = self.norm(rows)
+            return original
         rows = rows.contiguous()
         output = torch.empty_like(rows)
         dim = rows.shape[-1]
@@ -83,7 +92,7 @@ def _fused(norm: nn.Module) -> FusedRMSNorm | None:
     probe = torch.randn((_PROBES, len(weight)), generator=generator).to(weight.dtype)
     expected = norm(probe)
     for offset, rounds in itertools.product((0.0, 1.0), (False, True)):
-        fused = FusedRMSNorm(weight, run, eps, offset=offset, rounds=rounds)
+        fused = FusedRMSNorm(norm, run, eps, offset=offset, rounds=rounds)
         difference = (fused(probe) - expected).float().abs()
         if bool((difference <= _TOLERANCE[weight.dtype] * expected.float().abs()).all()):
             return fused

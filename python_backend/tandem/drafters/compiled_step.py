@@ -1,0 +1,112 @@
+"""An assistant's step as a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor, nn
+
+from tandem.attention import PackedBatch, Span
+from tandem.drafters.assistant import Assistant, SharedKV
+from tandem.graph import Graph, GraphBatch, check_compiled, plan, try_to_compile
+from tandem.kernels import Operators
+from tandem.kv_cache import KVCache
+
+
+class _GraphKV:
+    """Stands in for a `SharedKV` while a graph is made of a step."""
+
+    is_compileable = False
+
+    def __init__(self, source_layers: Items[int]) -> None:
+        self._source_layers = source_layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """What stands in the graph for the verifier's layer that this one reads."""
+        layer = torch.full((), self._source_layers[layer_idx])
+        return layer, layer
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are passed explicitly; no model derives them from the cache."""
+        return 0
+
+
+class _Step(nn.Module):
+    """One guess further, of tensors alone."""
+
+    def __init__(self, assistant: Assistant, windows: Items[int | None]) -> None:
+        super().__init__()
+        self.assistant = assistant
+        # The assistant doesn't own it; whoever makes a graph has to find it.
+        self.embed = assistant.embed
+        self._windows = windows
+
+    def extra_repr(self) -> str:
+        """What the graph depends on beside the assistant."""
+        return f"windows={self._windows}"
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The next state, `[1, n, hidden_size]`, and logits over the draft vocabulary."""
+        token_ids, hidden, positions, tables, *queries = inputs
+        config = self.assistant.config
+        assert self.assistant.head is not None
+        state = self.assistant(
+            token_ids,
+            hidden,
+            positions,
+            _GraphKV(config.source_layers),
+            packed=GraphBatch(self._windows, tables, queries),
+        )
+        return state, self.assistant.head(state)
+
+
+class CompiledStep:
+    """An assistant's step with its head."""
+
+    def __init__(
+        self, assistant: Assistant, shared: SharedKV, cache: KVCache, operators: Operators
+    ) -> None:
+        """Makes the graph and compares it with the assistant.
+
+        Args:
+            shared: the verifier's K/V, which lie in `cache`.
+            operators: with the assistant's weights and the cache.
+
+        Raises:
+            UnsupportedModelError: the graph computes something else.
+        """
+        spans = [Span(1, 1, [block]) for block in range(3)]
+        packed = PackedBatch(
+            spans, cache.block_size, assistant.dtype, assistant.device, causal=False
+        )
+        for layer in cache.layers:
+            for pool in cache.layer(layer):
+                pool[:: cache.block_size][:3] = 0.5
+        width = assistant.config.get_text_config().hidden_size
+        token_ids, positions = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 1]])
+        hidden = torch.linspace(-1, 1, 3 * width).view(1, 3, width).to(assistant.dtype)
+        expected = assistant(token_ids, hidden, positions, shared, packed=packed)
+        assert assistant.head is not None
+        self._windows = packed.windows
+        inputs = [token_ids, hidden, positions, *plan(packed, self._windows)]
+        self._graph = Graph(_Step(assistant, self._windows), inputs, operators)
+        state, logits = self._graph(*inputs)
+        check_compiled(state, expected)
+        check_compiled(logits, assistant.head(expected))
+
+    def __call__(
+        self, token_ids: Tensor, hidden: Tensor, positions: Tensor, packed: PackedBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The next state and logits over the draft vocabulary; see `Assistant.forward`."""
+        state, logits = self._graph(token_ids, hidden, positions, *plan(packed, self._windows))
+        return state, logits
+
+
+def compile_step(assistant: Assistant, shared: SharedKV, cache: KVCache) -> CompiledStep | None:
+    """Compiles an assistant's step; None where that can't be done."""
+    return try_to_compile(
+        lambda found: CompiledStep(assistant, shared, cache, found), assistant, cache
+    )

@@ -1,0 +1,188 @@
+"""A model's pass over few tokens of each sequence, compiled into one piece.
+
+What the layers of transformers do beside their products is Python and many small operations, which
+take half as long as the products of a small model. So a pass is exported as a graph, in which
+torch's Inductor fuses what lies between the products; a graph runs without Python. Products, and
+what reads and writes the pool, are operators of Tandem's own in it: weights and cache exist once.
+
+The compiled graphs are kept in Tandem's cache directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tandem.attention import PackedBatch
+from tandem.errors import UnsupportedModelError
+from tandem.kernels import Operators, operators
+from tandem.kernels.operators import attend
+from tandem.kv_cache import KVCache
+from tandem.machine import cache_directory, code_hash, cpu_name
+from tandem.packing import Int8Linear, PackedLinear
+
+logger = logging.getLogger("tandem")
+
+_SETTINGS = {
+    # The weights are those of the model.
+    "aot_inductor.package_constants_in_so": False,
+    # Fused operations round where the model's own do.
+    "emulate_precision_casts": True,
+    # A few rows of a small model gain nothing from a second thread between the products.
+    "cpp.threads": 1,
+    # No pool of processes is left behind.
+    "compile_threads": 1,
+}
+# Results may differ from the model's own by rounding alone: by the root mean square, a share of it.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# The compiler writes the values of constants of this size into the code.
+_MAX_INLINED = 64
+
+T = TypeVar("T")
+
+
+def try_to_compile(
+    make: Callable[[Operators], T], model: PreTrainedModel, cache: KVCache
+) -> T | None:
+    """What `make` makes of graphs, or None where the model can't be compiled.
+
+    Args:
+        make: gets the operators with the model's weights and the pool.
+    """
+    found = operators(model.device, model.dtype, cache.block_size)
+    if found is None:
+        return None
+    for module in model.modules():
+        if isinstance(module, (PackedLinear, Int8Linear)):
+            module.register(found)
+    for layer in cache.layers:
+        found.add_pool(layer, *cache.layer(layer))
+    try:
+        with torch.no_grad():
+            return make(found)
+    except Exception as error:
+        logger.warning("%s runs uncompiled, which is slower: %s", type(model).__name__, error)
+        logger.debug("why it can't be compiled", exc_info=True)
+        return None
+
+
+class Graph:
+    """A compiled module of any number of tensors.
+
+    The first dimension of each varies, or of `[1, n]` the second.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Items[Tensor], found: Operators) -> None:
+        """Exports the module and compiles it, unless that was done before on this machine.
+
+        Args:
+            inputs: examples; a size that may be 0 or 1 must be larger in them.
+            found: what the operators in the graph stand for.
+
+        Raises:
+            UnsupportedModelError: the graph needs more than the module's parameters and buffers.
+        """
+        path = _path(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not path.exists():
+                _compile(module, inputs, path)
+            self._run: Any = torch._inductor.aoti_load_package(str(path))
+        # The graph uses these very tensors from now on.
+        every: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        every.update(module.named_buffers(remove_duplicate=False))
+        names = self._run.get_constant_fqns()
+        unknown = sorted(set(names) - set(every))
+        if unknown:
+            raise UnsupportedModelError(f"it makes tensors of its own: {unknown[0]}")
+        self._constants = {name: every[name] for name in names}
+        self._run.load_constants(self._constants, check_full_update=True, user_managed=True)
+        self._operators = found
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the module returns."""
+        self._operators.enter()
+        return self._run(*inputs)
+
+
+def _path(module: nn.Module) -> Path:
+    """Where the compiled module is kept: all that the graph depends on is in its name."""
+    facts = [torch.__version__, transformers.__version__, code_hash(), cpu_name(), repr(_SETTINGS)]
+    for name, part in module.named_modules():
+        facts.append(f"{name}: {type(part).__qualname__}({part.extra_repr()})")
+        if isinstance(part, PreTrainedModel):
+            config = part.config.to_dict()
+            config.pop("_name_or_path", None)
+            facts.append(json.dumps(config, sort_keys=True, default=str))
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        facts.append(f"{name}: {value.dtype} {tuple(value.shape)}")
+        if value.numel() <= _MAX_INLINED:
+            facts.append(str(value.tolist()))
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    return cache_directory() / f"graph-{key[:16]}.pt2"
+
+
+def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
+    logger.info("compiling %s, which is done once on a machine", type(module).__name__)
+    started = time.monotonic()
+    varying = tuple({int(x.shape[0] == 1): torch.export.Dim.DYNAMIC} for x in inputs)
+    program = torch.export.export(module, tuple(inputs), dynamic_shapes=(varying,), strict=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another engine may be at the same; the last to end leaves its own.
+    part = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(part), inductor_configs=dict(_SETTINGS)
+    )
+    part.replace(path)
+    logger.info("compiled in %.1f s", time.monotonic() - started)
+
+
+class GraphBatch:
+    """Stands in for a `PackedBatch` while a graph is made of a pass."""
+
+    def __init__(self, windows: Items[int | None], tables: Tensor, queries: Items[Tensor]) -> None:
+        """Takes what `plan` gave, as inputs of the graph."""
+        self._queries = dict(zip(windows, queries, strict=True))
+        self._tables = tables
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """See `tandem.attention.Packed`; key is what stands for the layer in the graph."""
+        return attend(query, key, self._queries[window], self._tables, scaling)
+
+
+def plan(packed: PackedBatch, windows: Items[int | None]) -> list[Tensor]:
+    """Block tables and queries of a row that runs on the kernel, for layers with these windows."""
+    assert packed.runs_on_kernel
+    queries = [found for found in map(packed.queries, windows) if found is not None]
+    return [queries[0].tables, *(each.queries for each in queries)]
+
+
+def check_compiled(result: Tensor, expected: Tensor) -> None:
+    """Compares what a graph and the model itself computed.
+
+    Raises:
+        UnsupportedModelError: they are not the same.
+    """
+    assert result.shape == expected.shape
+    difference = (result.float() - expected.float()).square().mean().sqrt().item()
+    allowed = _TOLERANCE[result.dtype] * expected.float().square().mean().sqrt().item()
+    if not difference <= allowed:
+        raise UnsupportedModelError(
+            f"compiled, it computes something else: results differ by {difference:.3g}, and "
+            f"rounding explains {allowed:.3g}"
+        )

@@ -1,0 +1,121 @@
+"""The operators of a compiled pass; see `operators.cpp`."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tandem.kernels.build import library, operator_library
+
+logger = logging.getLogger("tandem")
+
+
+class Operators:
+    """The weights and the pool of one model, as its compiled graphs name them."""
+
+    def __init__(self, attention: ctypes.CDLL, block_size: int) -> None:
+        address = ctypes.cast(attention.paged_attention, ctypes.c_void_p).value
+        self._model: int = torch.ops.tandem.make_model(address, block_size)
+        weakref.finalize(self, torch.ops.tandem.drop_model, self._model)
+
+    def add_linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        int8_rows: int = 0,
+        int8_weight: Tensor | None = None,
+        int8_scale: Tensor | None = None,
+    ) -> int:
+        """Takes a layer's weights; the product of up to `int8_rows` rows reads those in 8 bits.
+
+        Returns:
+            Its number, for `linear`.
+        """
+        index: int = torch.ops.tandem.add_linear(
+            self._model, weight, bias, int8_rows, int8_weight, int8_scale
+        )
+        return index
+
+    def add_pool(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Takes a layer's pool, each `[num_slots, num_kv_heads, head_dim]`."""
+        torch.ops.tandem.add_pool(self._model, layer, keys, values)
+
+    def enter(self) -> None:
+        """Makes the graphs that this thread runs next be this model's."""
+        torch.ops.tandem.enter(self._model)
+
+
+def operators(device: torch.device, dtype: torch.dtype, block_size: int) -> Operators | None:
+    """For a new model, or None if there are none for its device and type."""
+    kernels = library(device, dtype)
+    if kernels is None or not _load():
+        return None
+    return Operators(kernels, block_size)
+
+
+@cache
+def _load() -> bool:
+    path = operator_library()
+    if path is None:
+        return False
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        logger.warning("can't load the operators of compiled passes: %s", error)
+        return False
+    shapes: dict[str, Callable[..., Tensor]] = {
+        "linear": _linear_shape,
+        "write_kv": _write_kv_shape,
+        "attend": _attend_shape,
+    }
+    for name, shape in shapes.items():
+        torch.library.register_fake(f"tandem::{name}", shape)
+    return True
+
+
+def _linear_shape(rows: Tensor, index: int, out_features: int) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], out_features)
+
+
+def _write_kv_shape(keys: Tensor, values: Tensor, slots: Tensor, layer: int) -> Tensor:
+    return torch.empty((), dtype=torch.long)
+
+
+def _attend_shape(
+    query: Tensor, layer: Tensor, queries: Tensor, tables: Tensor, scaling: float
+) -> Tensor:
+    _, num_heads, num_tokens, head_dim = query.shape
+    return query.new_empty(1, num_tokens, num_heads, head_dim)
+
+
+def linear(rows: Tensor, index: int, out_features: int) -> Tensor:
+    """`[..., in_features]` to `[..., out_features]`, by the model's weight of that number."""
+    product: Tensor = torch.ops.tandem.linear(rows, index, out_features)
+    return product
+
+
+def write_kv(keys: Tensor, values: Tensor, slots: Tensor, layer: int) -> Tensor:
+    """Stores `[1, num_kv_heads, num_tokens, head_dim]` K and V; returns the layer, for `attend`."""
+    written: Tensor = torch.ops.tandem.write_kv(keys, values, slots, layer)
+    return written
+
+
+def attend(query: Tensor, layer: Tensor, queries: Tensor, tables: Tensor, scaling: float) -> Tensor:
+    """Attention of `[1, num_heads, num_tokens, head_dim]`.
+
+    Args:
+        layer: from `write_kv`, so that it reads what was written.
+        queries, tables: see `Queries`.
+
+    Returns:
+        `[1, num_tokens, num_heads, head_dim]`.
+    """
+    attended: Tensor = torch.ops.tandem.attend(query, layer, queries, tables, scaling)
+    return attended

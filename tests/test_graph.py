@@ -1,0 +1,92 @@
+"""Compiled passes give what the models themselves give, or the engine does without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tandem.graph
+from doubles import plain, prompt_of, tokens_of
+from tandem import SamplingParams
+from test_drafter_trained import engine_with, make_assistant
+from tiny_engines import DEVICE, TinyModels
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="graphs are made for CPUs")
+
+# Full and sliding layers; shared K/V and embeddings by layer; a mixture of experts; neither.
+NAMES = ["gemma-3", "gemma-4-E2B", "gemma-4-26B-A4B", "llama"]
+REQUESTS = [
+    (
+        prompt_of(length),
+        SamplingParams(max_tokens=30, temperature=temperature, seed=length, ignore_eos=True),
+    )
+    for length, temperature in ((1, 0.0), (3, 1.0), (14, 0.0), (20, 1.0), (90, 0.0), (2, 0.0))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_verifier_gives_the_same_text(engines, name: str) -> None:
+    """Alone and together, with drafts and without, behind prompts that run uncompiled."""
+    expected = plain(engines(name), REQUESTS)
+    engine = engines(name, enforce_eager=False)
+    assert engine.verifier.compiled is not None
+    assert plain(engine, REQUESTS) == expected
+    assert tokens_of(engine, REQUESTS, drafter="ngram") == expected
+
+
+@pytest.mark.slow
+def test_a_compiled_drafter_guesses_the_same(tiny: TinyModels, tmp_path: Path) -> None:
+    """One sequence and more than the 8-bit products are for."""
+    path = tiny.verifier("gemma-3")
+    make_assistant(path)[0].save_pretrained(tmp_path)
+    results = []
+    for enforce_eager in (True, False):
+        engine = engine_with(path, tmp_path, enforce_eager=enforce_eager)
+        tokens = [tokens_of(engine, requests) for requests in (REQUESTS[:1], REQUESTS)]
+        stats = engine.drafter_stats["mtp"]
+        results.append((tokens, stats.num_draft_tokens, stats.num_accepted_tokens))
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_a_graph_is_compiled_once(
+    engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caplog.set_level("INFO", "tandem")
+    texts = []
+    for times in (1, 1):
+        engine = engines.make("llama", enforce_eager=False)
+        texts.append(plain(engine, REQUESTS))
+        assert caplog.text.count("compiling") == times
+    assert texts[0] == texts[1]
+    # Another model has another graph, whatever it shares with the first.
+    engines.make("llama", enforce_eager=False, dtype="bfloat16")
+    assert caplog.text.count("compiling") == 2
+
+
+@pytest.mark.slow
+def test_a_wrong_graph_is_not_used(
+    engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tandem.graph, "_TOLERANCE", dict.fromkeys((torch.float32,), -1.0))
+    engine = engines.make("llama", enforce_eager=False)
+    assert "compiled, it computes something else" in caplog.text
+    assert engine.verifier.compiled is None
+    assert plain(engine, REQUESTS) == plain(engines("llama"), REQUESTS)
+
+
+def test_a_compiler_that_fails_is_no_error(
+    engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    engine = engines.make("qwen-3", enforce_eager=False)
+    assert "Qwen3ForCausalLM runs uncompiled, which is slower: no such thing" in caplog.text
+    assert engine.verifier.compiled is None
