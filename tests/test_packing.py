@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tandem.packing import Int8Linear, PackedLinear, can_pack, pack_linears
+from tandem.packing import Int8Linear, PackedLinear, can_pack, joinable, pack_linears
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="no oneDNN in this build of torch"
@@ -63,3 +63,49 @@ def test_weights_can_be_read_back() -> None:
     linear = nn.Linear(512, 384, bias=False)
     assert torch.equal(PackedLinear(linear).weight, linear.weight)
     assert torch.equal(Int8Linear(linear).weight, linear.weight)
+
+
+# --- layers that read the same rows
+
+
+class Block(nn.Module):
+    def __init__(self, *, bias: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.twice = (
+            nn.Linear(16, size, bias=bias) for size in (8, 4, 12, 16)
+        )
+        self.other = nn.Linear(16, 4, bias=not bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        again = self.twice(self.twice(rows))
+        return torch.cat([self.a(rows), self.b(rows), self.c(again), self.other(rows)], dim=-1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_layers_that_read_the_same_rows_are_joined(bias: bool) -> None:
+    model = nn.Sequential(Block(bias=bias), nn.Linear(28, 16), Block(bias=bias))
+    rows = torch.randn(5, 16)
+    with joinable(model) as groups:
+        expected = model(rows)
+    first, last = model[0], model[2]
+    assert groups == [[first.a, first.b], [last.a, last.b]]
+    pack_linears(model, groups=groups)
+    assert [type(m).__name__ for m in (first.a, first.b, first.c, first.other)] == [
+        *("LinearPart", "LinearPart", "PackedLinear", "PackedLinear")
+    ]
+    for _ in range(2):
+        torch.testing.assert_close(model(rows), expected)
+        torch.testing.assert_close(model(2 * rows / 2), expected)
+
+
+@torch.inference_mode()
+def test_a_part_is_never_of_other_rows() -> None:
+    """Also where not all ask, in whatever order."""
+    linears = [nn.Linear(16, size, bias=False) for size in (8, 4)]
+    model = nn.ModuleList(linears)
+    pack_linears(model, groups=[linears])
+    first, second = torch.randn(2, 3, 16)
+    for index, rows in ((0, first), (0, second), (1, first), (1, second), (0, first), (1, first)):
+        torch.testing.assert_close(model[index](rows), linears[index](rows))
+        torch.testing.assert_close(model[index].weight, linears[index].weight)

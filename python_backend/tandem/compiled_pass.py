@@ -96,7 +96,7 @@ class CompiledPass:
             rows: places in it.
         """
         # A graph wants at least one.
-        states: Tensor = self._graph(*self._inputs(packed, token_ids, positions, rows or [0]))
+        (states,) = self._graph(*self._inputs(packed, token_ids, positions, rows or [0]))
         return states[0, : len(rows)]
 
     def _inputs(

@@ -100,22 +100,24 @@ class Graph:
             warnings.simplefilter("ignore")
             if not path.exists():
                 _compile(module, inputs, path)
-            self._run: Any = torch._inductor.aoti_load_package(str(path))
+            self._loaded: Any = torch._inductor.aoti_load_package(str(path))
         # The graph uses these very tensors from now on.
         every: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         every.update(module.named_buffers(remove_duplicate=False))
-        names = self._run.get_constant_fqns()
+        names = self._loaded.get_constant_fqns()
         unknown = sorted(set(names) - set(every))
         if unknown:
             raise UnsupportedModelError(f"it makes tensors of its own: {unknown[0]}")
         self._constants = {name: every[name] for name in names}
-        self._run.load_constants(self._constants, check_full_update=True, user_managed=True)
+        self._loaded.load_constants(self._constants, check_full_update=True, user_managed=True)
         self._operators = found
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        """What the module returns."""
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The tensors that the module returns."""
         self._operators.enter()
-        return self._run(*inputs)
+        # Calling the loaded model itself would parse the structure of its arguments each time.
+        outputs: list[Tensor] = self._loaded.loader.boxed_run(list(inputs))
+        return outputs
 
 
 def _path(module: nn.Module) -> Path:

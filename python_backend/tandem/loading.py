@@ -28,7 +28,7 @@ from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.head import OutputHead
 from tandem.kernels import fuse_norms
 from tandem.kv_cache import KVCache
-from tandem.packing import can_pack, pack_linears
+from tandem.packing import can_pack, joinable, pack_linears
 from tandem.probing import (
     NUM_PROBE_TOKENS,
     check_kernels,
@@ -98,11 +98,14 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     models = {None: model} | _load_draft_models(config, model, tokenizer)
     # What each model stores in the cache, and its own logits for a few tokens.
     head = OutputHead(model)
-    probes = {name: probe(each) for name, each in models.items()}
+    probes, groups = {}, {}
+    for name, each in models.items():
+        with joinable(each) as groups[name]:
+            probes[name] = probe(each)
     head.examine(probes[None][1], model.get_input_embeddings())
-    for each in models.values():
+    for name, each in models.items():
         if can_pack(device, dtype):
-            pack_linears(each)
+            pack_linears(each, groups=groups[name])
         fuse_norms(each)
     if config.batch_invariant:
         check_linear(model)

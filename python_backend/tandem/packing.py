@@ -7,6 +7,11 @@ A drafter, whose guesses need not be exact, also gains from reading fewer bytes.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +53,89 @@ class PackedLinear(nn.Module):
             return in_graph(rows, self._number, self.out_features)
         product: Tensor = _linear(rows, self.packed, self.bias, "none", [], "")
         return product
+
+
+class JoinedLinear(nn.Module):
+    """Linear layers that read the same rows, as one packed layer: one product is begun, not three.
+
+    Each of them keeps its place in the model, as a `LinearPart`.
+    """
+
+    def __init__(self, linears: Items[nn.Linear]) -> None:
+        super().__init__()
+        weights: list[Tensor] = [linear.weight.detach() for linear in linears]
+        weight = torch.cat(weights)
+        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        joined.weight = nn.Parameter(weight, requires_grad=False)
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        if biases:
+            joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        self.packed = PackedLinear(joined)
+        self._rows: Tensor | None = None
+        self._product: Tensor | None = None
+
+    def forward(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """Columns `start` to `stop` of the product, which is made for the first who asks."""
+        if self._product is None or self._rows is not rows:
+            self._rows, self._product = rows, self.packed(rows)
+        part = self._product[..., start:stop]
+        if stop == self.packed.out_features:
+            self._rows = self._product = None
+        return part
+
+
+class LinearPart(nn.Module):
+    """One of the layers that a `JoinedLinear` joins."""
+
+    def __init__(self, joined: JoinedLinear, start: int, stop: int) -> None:
+        super().__init__()
+        self.joined = joined
+        self._start = start
+        self._stop = stop
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out_features, in_features]`, unpacked anew on each access."""
+        return self.joined.packed.weight[self._start : self._stop]
+
+    def extra_repr(self) -> str:
+        """Which part."""
+        return f"{self._start}, {self._stop}"
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        part: Tensor = self.joined(rows, self._start, self._stop)
+        return part
+
+
+@contextmanager
+def joinable(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
+    """Sees which linear layers read the same rows in a pass; they are in the list afterwards."""
+    groups: list[list[nn.Linear]] = []
+    parents = {
+        child: parent
+        for parent in model.modules()
+        for child in parent.children()
+        if type(child) is nn.Linear
+    }
+    calls: list[tuple[nn.Linear, Tensor]] = []
+
+    def note(linear: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
+        # Keeps the rows, so that no others can lie in their place.
+        calls.append((linear, arguments[0]))
+
+    hooks = [linear.register_forward_pre_hook(note) for linear in parents]
+    try:
+        yield groups
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = Counter(linear for linear, _ in calls)
+    found: dict[tuple[nn.Module, int, bool], list[nn.Linear]] = defaultdict(list)
+    for linear, rows in calls:
+        if times[linear] == 1:
+            found[parents[linear], id(rows), linear.bias is None].append(linear)
+    groups += [group for group in found.values() if len(group) > 1]
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -103,14 +191,29 @@ class Int8Linear(nn.Module):
         return product.to(rows.dtype).view(*rows.shape[:-1], -1)
 
 
-def pack_linears(model: nn.Module, keep: nn.Module | None = None, *, int8: bool = False) -> None:
+def pack_linears(
+    model: nn.Module,
+    keep: nn.Module | None = None,
+    *,
+    int8: bool = False,
+    groups: Items[Items[nn.Linear]] = (),
+) -> None:
     """Replaces every `nn.Linear` in `model` but `keep`, which stays as it is.
 
     Args:
         int8: whether large matrices may be rounded to 8 bits for the product of a few rows.
+        groups: layers that always read the same rows, one after the other.
     """
+    parts: dict[nn.Module, LinearPart] = {}
+    for group in groups:
+        joined, start = JoinedLinear(group), 0
+        for linear in group:
+            parts[linear] = LinearPart(joined, start, start + linear.out_features)
+            start += linear.out_features
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child is not keep:
+            if child in parts:
+                setattr(module, name, parts[child])
+            elif type(child) is nn.Linear and child is not keep:
                 rounds = int8 and child.bias is None and child.weight.numel() >= _INT8_SIZE
                 setattr(module, name, Int8Linear(child) if rounds else PackedLinear(child))
