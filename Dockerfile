@@ -18,9 +18,9 @@ COPY requirements.txt requirements-client.txt /opt/tandem/
 RUN python3 -m pip install --no-cache-dir --no-compile --target /opt/tandem/packages \
       -r /opt/tandem/requirements.txt -r /opt/tandem/requirements-client.txt
 
-# Compiles the kernels for CPUs when a server first runs on one. Any version does.
+# Compile kernels and passes for CPUs when a server first runs on one. Any version does.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 COPY python_backend /opt/tritonserver/backends/tandem

@@ -38,12 +38,22 @@ _WARM_UP_STEPS = 6
 _PHASE, _GROUP = "phase:", "group:"
 # Matrix products: linear layers, attention, the head, and what a drafter multiplies.
 PRODUCT = re.compile(
-    r"tandem::.*|mkldnn::_linear_pointwise|aten::(linear|addmm|mm|bmm|matmul|baddbmm|mkldnn_linear|"
-    r"scaled_dot_product_attention|_weight_int8pack_mm|_weight_int4pack_mm.*|_scaled_mm)|onednn::.*"
+    r"tandem::(attention|attend|likeliest)|mkldnn::_linear_pointwise|onednn::.*|"
+    r"aten::(linear|addmm|mm|bmm|matmul|baddbmm|mkldnn_linear|scaled_dot_product_attention|"
+    r"_weight_int8pack_mm|_weight_int4pack_mm.*|_scaled_mm)"
 )
 # Kernels that torch's profiler doesn't know.
 _KERNELS = {"tandem::attention": AttentionKernel, "tandem::likeliest": LikeliestToken}
-_ATTENTION = re.compile(r"tandem::attention|aten::(_?scaled_dot_product.*|_fused_sdp.*)")
+_GROUP_OF_OPERATOR = (
+    (
+        re.compile(r"tandem::att(ention|end)|aten::(_?scaled_dot_product.*|_fused_sdp.*)"),
+        "attention products",
+    ),
+    (re.compile(r"tandem::likeliest"), "head"),
+    (re.compile(r"tandem::write_kv|aten::index_copy_"), "K/V write"),
+    # In a graph no module is called.
+    (re.compile(r"tandem::linear"), "linear layers"),
+)
 _GROUP_OF_CLASS = (
     ("Linear", "linear layers"),
     ("Norm", "norms"),
@@ -112,7 +122,8 @@ def profile_steps(
 
     Returns:
         Milliseconds a step: `step_ms`, `products_ms`, `phases` (without the profiler), `groups`
-        (operators by phase and kind), `python_ms` (no operator was running), `top_operators`; and
+        (operators by phase and kind), `python_ms` (no operator was running: Python, and what a
+        graph computes between them), `top_operators`; and
         `share_outside_products`.
     """
     # Its library reports each start and stop otherwise.
@@ -231,12 +242,9 @@ def _groups(events: Items[FunctionEvent]) -> dict[str, float]:
 def _kind(event: FunctionEvent, phase: str) -> str:
     outer: FunctionEvent | None = event
     while outer is not None and not outer.name.startswith(_GROUP):
-        if _ATTENTION.fullmatch(outer.name):
-            return "attention products"
-        if outer.name == "tandem::likeliest":
-            return "head"
-        if outer.name == "aten::index_copy_":
-            return "K/V write"
+        for pattern, group in _GROUP_OF_OPERATOR:
+            if pattern.fullmatch(outer.name):
+                return group
         outer = outer.cpu_parent
     if outer is not None:
         return str(outer.name.removeprefix(_GROUP))
