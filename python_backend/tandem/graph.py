@@ -43,6 +43,8 @@ _SETTINGS = {
     "emulate_precision_casts": True,
     # A few rows of a small model gain nothing from a second thread between the products.
     "cpp.threads": 1,
+    # What several layers read, such as the angles of rotary embeddings, is computed once.
+    "realize_opcount_threshold": 5,
     # No pool of processes is left behind.
     "compile_threads": 1,
 }
