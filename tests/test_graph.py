@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import tandem.compiled_pass
 import tandem.graph
+import tandem.packing
 from doubles import plain, prompt_of, tokens_of
-from tandem import SamplingParams
+from tandem import Engine, EngineConfig, SamplingParams
+from tandem.kernels.operators import write_kv
 from test_drafter_trained import engine_with, make_assistant
 from tiny_engines import DEVICE, TinyModels
 
@@ -39,13 +44,18 @@ def test_a_compiled_verifier_gives_the_same_text(engines, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_drafter_guesses_the_same(tiny: TinyModels, tmp_path: Path) -> None:
+def test_a_compiled_drafter_guesses_the_same(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One sequence and more than the 8-bit products are for."""
     path = tiny.verifier("gemma-3")
     make_assistant(path)[0].save_pretrained(tmp_path)
     results = []
+    # Tiny matrices too.
+    monkeypatch.setattr(tandem.packing, "_INT8_SIZE", 1)
     for enforce_eager in (True, False):
         engine = engine_with(path, tmp_path, enforce_eager=enforce_eager)
+        assert (engine.drafters["mtp"].compiled is None) == enforce_eager
         tokens = [tokens_of(engine, requests) for requests in (REQUESTS[:1], REQUESTS)]
         stats = engine.drafter_stats["mtp"]
         results.append((tokens, stats.num_draft_tokens, stats.num_accepted_tokens))
@@ -70,14 +80,71 @@ def test_a_graph_is_compiled_once(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["not written", "another layer"])
 def test_a_wrong_graph_is_not_used(
-    engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engines,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    wrong: str,
 ) -> None:
-    monkeypatch.setattr(tandem.graph, "_TOLERANCE", dict.fromkeys((torch.float32,), -1.0))
+    def write(keys: Tensor, values: Tensor, slots: Tensor, layer: int) -> Tensor:
+        if wrong == "not written":
+            slots = torch.zeros_like(slots)
+        return write_kv(keys, values, slots, 0 if wrong == "another layer" else layer)
+
+    monkeypatch.setattr(tandem.compiled_pass, "write_kv", write)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     engine = engines.make("llama", enforce_eager=False)
     assert "compiled, it computes something else" in caplog.text
     assert engine.verifier.compiled is None
     assert plain(engine, REQUESTS) == plain(engines("llama"), REQUESTS)
+
+
+@pytest.mark.slow
+def test_states_are_not_capped_as_logits_are(tiny: TinyModels, tmp_path: Path) -> None:
+    """Gemma 4 caps its logits behind the head."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.verifier("gemma-4-31B"))
+    assert model.config.final_logit_softcapping
+    with torch.no_grad():
+        model.model.norm.weight.fill_(100.0)
+    model.save_pretrained(tmp_path)
+    outputs = []
+    for enforce_eager in (True, False):
+        settings = {"kv_cache_tokens": 512, "max_model_len": 64, "lookahead": "fixed"}
+        config = EngineConfig(str(tmp_path), "float32", enforce_eager=enforce_eager, **settings)
+        engine = Engine(config)
+        assert (engine.verifier.compiled is None) == enforce_eager
+        sequence = engine.make_sequence(prompt_of(3), REQUESTS[0][1], drafter="none")
+        engine.add(sequence)
+        with torch.inference_mode():
+            outputs.append(engine.verify(engine.schedule()).hidden)
+        engine.cancel(sequence)
+        engine.step()
+    assert outputs[0].abs().max() > 40
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_a_damaged_graph_is_made_anew(
+    engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engines.make("llama", enforce_eager=False)
+    (kept,) = (tmp_path / "tandem").glob("*.pt2")
+    kept.write_bytes(b"nothing")
+    assert engines.make("llama", enforce_eager=False).verifier.compiled is None
+    assert "runs uncompiled" in caplog.text
+    assert engines.make("llama", enforce_eager=False).verifier.compiled is not None
+
+
+def test_a_cache_too_small_for_the_examples_is_no_error(
+    engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tandem")
+    engine = engines.make("llama", enforce_eager=False, block_size=1)
+    assert "runs uncompiled: the cache has 8192 blocks of 1 tokens, and 6 of 2" in caplog.text
+    assert engine.verifier.compiled is None
 
 
 def test_a_compiler_that_fails_is_no_error(
@@ -88,5 +155,8 @@ def test_a_compiler_that_fails_is_no_error(
 
     monkeypatch.setattr(torch.export, "export", fail)
     engine = engines.make("qwen-3", enforce_eager=False)
-    assert "Qwen3ForCausalLM runs uncompiled, which is slower: no such thing" in caplog.text
+    assert (
+        "Qwen3ForCausalLM runs uncompiled, which is slower: RuntimeError: no such thing"
+        in caplog.text
+    )
     assert engine.verifier.compiled is None

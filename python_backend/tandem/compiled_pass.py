@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tandem.attention import PackedBatch, Span
-from tandem.graph import Graph, GraphBatch, check_compiled, plan, try_to_compile
+from tandem.graph import (
+    EXAMPLE_TABLES,
+    Graph,
+    GraphBatch,
+    check_compiled,
+    plan,
+    try_to_compile,
+)
+from tandem.head import take_states
 from tandem.kernels import Operators
 from tandem.kernels.operators import write_kv
 from tandem.kv_cache import KVCache
@@ -51,15 +59,15 @@ class _Pass(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the output head reads behind `rows`, `[1, num_rows, hidden_size]`."""
         token_ids, positions, rows, slots, tables, *queries = inputs
-        states: Tensor = self.model(
+        self.model(
             input_ids=token_ids,
             position_ids=positions,
             cache=_GraphWriter(slots),
             use_cache=True,
             logits_to_keep=rows,
             packed=GraphBatch(self._windows, tables, queries),
-        ).logits
-        return states
+        )
+        return take_states(self.model)
 
 
 class CompiledPass:
@@ -75,15 +83,24 @@ class CompiledPass:
         Raises:
             UnsupportedModelError: the graph computes something else.
         """
-        spans = [Span(2, 2, [block]) for block in range(3)]
+        # Every size is another, so that none is taken for the same as one that happens to be equal.
+        length = cache.block_size + 1
+        spans = [Span(n, length, t) for n, t in zip((3, 2, 2), EXAMPLE_TABLES, strict=True)]
         packed = PackedBatch(spans, cache.block_size, model.dtype, model.device)
-        # Every number of things is another, so that none is taken for the same.
-        token_ids, positions, rows = [5, 4, 3, 2, 1, 0], [0, 1] * 3, [0, 1, 3, 5]
-        expected = packed_logits(model, cache, packed, token_ids, positions, rows)
+        positions = [p for s in spans for p in range(length - s.num_queries, length)]
+        token_ids, rows = list(range(len(positions))), [0, 2, 3, 6]
+        packed_logits(model, cache, packed, token_ids, positions, rows)
+        expected = take_states(model)
+        slots, pools = packed.slots(), [p for layer in cache.layers for p in cache.layer(layer)]
+        written = [pool[slots] for pool in pools]
+        for pool in pools:
+            pool[slots] = torch.nan
         self._windows = packed.windows
         inputs = self._inputs(packed, token_ids, positions, rows)
         self._graph = Graph(_Pass(model, self._windows), inputs, operators)
-        check_compiled(self(packed, token_ids, positions, rows), expected)
+        check_compiled(self(packed, token_ids, positions, rows), expected[0])
+        for pool, states in zip(pools, written, strict=True):
+            check_compiled(pool[slots], states)
 
     def __call__(
         self, packed: PackedBatch, token_ids: list[int], positions: list[int], rows: list[int]
@@ -113,4 +130,4 @@ class CompiledPass:
 
 def compile_pass(model: PreTrainedModel, cache: KVCache) -> CompiledPass | None:
     """Compiles the pass of a model whose output head is deferred; None where that can't be done."""
-    return try_to_compile(lambda found: CompiledPass(model, cache, found), model, cache)
+    return try_to_compile(lambda operators: CompiledPass(model, cache, operators), model, cache)

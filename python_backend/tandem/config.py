@@ -113,7 +113,7 @@ class EngineConfig:
         batch_invariant: a request's tokens are the same, to the last bit of their logits, whatever
             else is in the batch, however its prompt is cut, with drafts and without, in bfloat16
             too; costs some time. On CPUs with oneDNN and a C compiler.
-        enforce_eager: never compile the verifier's pass, which takes half a minute when a model is
+        enforce_eager: never compile passes into graphs, which takes half a minute when a model is
             first loaded on a machine.
         synthetic_acceptance_rates: for benchmarks alone: drafts are accepted by coin, at these
             shares of rounds by position, whatever the verifier says.

@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import transformers
@@ -53,6 +54,11 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 # The compiler writes the values of constants of this size into the code.
 _MAX_INLINED = 64
 
+# The sequences in the examples of passes, each of a block and a token at least.
+EXAMPLE_TABLES = ((5, 0), (1, 4), (3, 2))
+_NUM_EXAMPLE_BLOCKS = 6
+_MIN_BLOCK_SIZE = 2
+
 T = TypeVar("T")
 
 
@@ -67,18 +73,44 @@ def try_to_compile(
     found = operators(model.device, model.dtype, cache.block_size)
     if found is None:
         return None
+    if cache.num_blocks < _NUM_EXAMPLE_BLOCKS or cache.block_size < _MIN_BLOCK_SIZE:
+        logger.info(
+            "%s runs uncompiled: the cache has %d blocks of %d tokens, and %d of %d are needed",
+            *(type(model).__name__, cache.num_blocks, cache.block_size),
+            *(_NUM_EXAMPLE_BLOCKS, _MIN_BLOCK_SIZE),
+        )
+        return None
     for module in model.modules():
         if isinstance(module, (PackedLinear, Int8Linear)):
             module.register(found)
     for layer in cache.layers:
         found.add_pool(layer, *cache.layer(layer))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _example_kv(cache):
             return make(found)
     except Exception as error:
-        logger.warning("%s runs uncompiled, which is slower: %s", type(model).__name__, error)
+        said = f"{type(error).__name__}: {error}"
+        logger.warning("%s runs uncompiled, which is slower: %s", type(model).__name__, said)
         logger.debug("why it can't be compiled", exc_info=True)
         return None
+
+
+@contextmanager
+def _example_kv(cache: KVCache) -> Iterator[None]:
+    """Other K/V in every slot of the examples' sequences, and zeros again afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    pools = [
+        pool[: _NUM_EXAMPLE_BLOCKS * cache.block_size]
+        for layer in cache.layers
+        for pool in cache.layer(layer)
+    ]
+    try:
+        for pool in pools:
+            pool.normal_(generator=generator)
+        yield
+    finally:
+        for pool in pools:
+            pool.zero_()
 
 
 class Graph:
@@ -87,39 +119,35 @@ class Graph:
     The first dimension of each varies, or of `[1, n]` the second.
     """
 
-    def __init__(self, module: nn.Module, inputs: Items[Tensor], found: Operators) -> None:
+    def __init__(self, module: nn.Module, inputs: Items[Tensor], operators: Operators) -> None:
         """Exports the module and compiles it, unless that was done before on this machine.
 
         Args:
             inputs: examples; a size that may be 0 or 1 must be larger in them.
-            found: what the operators in the graph stand for.
+            operators: with the module's weights and the pool.
 
         Raises:
             UnsupportedModelError: the graph needs more than the module's parameters and buffers.
         """
         path = _path(module)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not path.exists():
+        if not path.exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 _compile(module, inputs, path)
-            self._loaded: Any = torch._inductor.aoti_load_package(str(path))
-        # The graph uses these very tensors from now on.
-        every: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        every.update(module.named_buffers(remove_duplicate=False))
-        names = self._loaded.get_constant_fqns()
-        unknown = sorted(set(names) - set(every))
-        if unknown:
-            raise UnsupportedModelError(f"it makes tensors of its own: {unknown[0]}")
-        self._constants = {name: every[name] for name in names}
-        self._loaded.load_constants(self._constants, check_full_update=True, user_managed=True)
-        self._operators = found
+        tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        tensors.update(module.named_buffers(remove_duplicate=False))
+        try:
+            self._loaded = operators.load_graph(path, tensors)
+        except KeyError as error:
+            raise UnsupportedModelError(f"it makes tensors of its own: {error}") from error
+        except RuntimeError:
+            # Damaged, or of another system; the next engine makes it anew.
+            path.unlink(missing_ok=True)
+            raise
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """The tensors that the module returns."""
-        self._operators.enter()
-        # Calling the loaded model itself would parse the structure of its arguments each time.
-        outputs: list[Tensor] = self._loaded.loader.boxed_run(list(inputs))
-        return outputs
+        return self._loaded(inputs)
 
 
 def _path(module: nn.Module) -> Path:
@@ -145,12 +173,13 @@ def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
     varying = tuple({int(x.shape[0] == 1): torch.export.Dim.DYNAMIC} for x in inputs)
     program = torch.export.export(module, tuple(inputs), dynamic_shapes=(varying,), strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Another engine may be at the same; the last to end leaves its own.
-    part = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(part), inductor_configs=dict(_SETTINGS)
-    )
-    part.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made = Path(directory) / path.name
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(made), inductor_configs=dict(_SETTINGS)
+        )
+        # Another engine may be at the same; the last to end leaves its own.
+        made.replace(path)
     logger.info("compiled in %.1f s", time.monotonic() - started)
 
 
@@ -182,7 +211,10 @@ def check_compiled(result: Tensor, expected: Tensor) -> None:
     Raises:
         UnsupportedModelError: they are not the same.
     """
-    assert result.shape == expected.shape
+    if result.shape != expected.shape:
+        raise UnsupportedModelError(
+            f"compiled, it gives a {tuple(result.shape)} instead of a {tuple(expected.shape)}"
+        )
     difference = (result.float() - expected.float()).square().mean().sqrt().item()
     allowed = _TOLERANCE[result.dtype] * expected.float().square().mean().sqrt().item()
     if not difference <= allowed:

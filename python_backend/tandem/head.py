@@ -37,9 +37,6 @@ class OutputHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Logits, or the states themselves if the head is deferred."""
-        if torch.compiler.is_exporting():
-            assert self.is_deferred
-            return states
         self.states = states
         return states if self.is_deferred else self._head(states)
 
@@ -84,6 +81,15 @@ class OutputHead(nn.Module):
         if unknown.any():
             token_ids[unknown] = likeliest_of(self.logits(states[unknown]))
         return token_ids
+
+
+def take_states(model: PreTrainedModel) -> Tensor:
+    """What the model gave its head in the last pass, `[1, num_rows, hidden_size]`, once."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, OutputHead)
+    assert head.states is not None
+    states, head.states = head.states, None
+    return states
 
 
 def likeliest_of(logits: Tensor) -> Tensor:

@@ -107,6 +107,8 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         if can_pack(device, dtype):
             pack_linears(each, groups=groups[name])
         fuse_norms(each)
+    # They hold what has been replaced.
+    del groups
     if config.batch_invariant:
         check_linear(model)
     elements_per_token = sum(s.elements_per_token for shapes, _ in probes.values() for s in shapes)
@@ -127,6 +129,8 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     head.defer()
     verifier = cached.pop(None)
     compiles = head.is_deferred and not config.enforce_eager
+    if not (compiles or config.enforce_eager):
+        logger.info("%s runs uncompiled: it changes its logits", type(model).__name__)
     logger.info(
         "KV cache: %d tokens in %d blocks, %.1f MiB",
         verifier.cache.num_slots,

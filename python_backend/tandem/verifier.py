@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tandem.attention import PackedBatch, Span
 from tandem.compiled_pass import CompiledPass
-from tandem.head import OutputHead, likeliest_of
+from tandem.head import OutputHead, likeliest_of, take_states
 from tandem.kv_cache import KVCache
 from tandem.packed_pass import packed_logits
 from tandem.sequence import ScheduledSequence
@@ -98,6 +98,5 @@ class Verifier:
             states = self.compiled(packed, token_ids, positions, rows)
             return VerifierOutput(states, self.head, None)
         logits = packed_logits(self.model, self.cache, packed, token_ids, positions, rows)
-        assert self.head.states is not None
-        hidden, self.head.states = self.head.states, None
-        return VerifierOutput(hidden[0], self.head, None if self.head.is_deferred else logits)
+        states = take_states(self.model)
+        return VerifierOutput(states[0], self.head, None if self.head.is_deferred else logits)

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from tandem.attention import PackedBatch, Span
 from tandem.drafters.assistant import Assistant, SharedKV
-from tandem.graph import Graph, GraphBatch, check_compiled, plan, try_to_compile
+from tandem.graph import (
+    EXAMPLE_TABLES,
+    Graph,
+    GraphBatch,
+    check_compiled,
+    plan,
+    try_to_compile,
+)
 from tandem.kernels import Operators
 from tandem.kv_cache import KVCache
 
@@ -78,15 +85,16 @@ class CompiledStep:
         Raises:
             UnsupportedModelError: the graph computes something else.
         """
-        spans = [Span(1, 1, [block]) for block in range(3)]
+        length = cache.block_size + 1
         packed = PackedBatch(
-            spans, cache.block_size, assistant.dtype, assistant.device, causal=False
+            [Span(1, length, table) for table in EXAMPLE_TABLES],
+            cache.block_size,
+            assistant.dtype,
+            assistant.device,
+            causal=False,
         )
-        for layer in cache.layers:
-            for pool in cache.layer(layer):
-                pool[:: cache.block_size][:3] = 0.5
         width = assistant.config.get_text_config().hidden_size
-        token_ids, positions = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 1]])
+        token_ids, positions = torch.tensor([[1, 2, 3]]), torch.full((1, 3), length)
         hidden = torch.linspace(-1, 1, 3 * width).view(1, 3, width).to(assistant.dtype)
         expected = assistant(token_ids, hidden, positions, shared, packed=packed)
         assert assistant.head is not None
@@ -108,5 +116,5 @@ class CompiledStep:
 def compile_step(assistant: Assistant, shared: SharedKV, cache: KVCache) -> CompiledStep | None:
     """Compiles an assistant's step; None where that can't be done."""
     return try_to_compile(
-        lambda found: CompiledStep(assistant, shared, cache, found), assistant, cache
+        lambda operators: CompiledStep(assistant, shared, cache, operators), assistant, cache
     )

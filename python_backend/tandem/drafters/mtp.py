@@ -167,7 +167,7 @@ class TrainedDrafter(MTPDrafter):
         self.vocabulary = frozenset(assistant.draft_token_ids.tolist())
         self.trained_length = assistant.config.trained_length
         self._shared = SharedKV([cache.layer(index) for index in assistant.config.source_layers])
-        self._compiled = None if enforce_eager else compile_step(assistant, self._shared, cache)
+        self.compiled = None if enforce_eager else compile_step(assistant, self._shared, cache)
 
     def _advance(
         self,
@@ -178,8 +178,8 @@ class TrainedDrafter(MTPDrafter):
         packed: PackedBatch,
     ) -> tuple[Guess, Tensor]:
         row = tokens.unsqueeze(0), hidden.unsqueeze(0), positions
-        if self._compiled is not None:
-            state, logits = self._compiled(*row, packed)
+        if self.compiled is not None:
+            state, logits = self.compiled(*row, packed)
         else:
             state = self._assistant(*row, self._shared, packed=packed)
             logits = self._assistant.head(state)

@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 from tandem.machine import cache_directory, cpu_name
 
@@ -50,6 +49,9 @@ def library(device: torch.device, dtype: torch.dtype) -> ctypes.CDLL | None:
 @cache
 def operator_library() -> Path | None:
     """The operators of compiled passes, as a library for torch, or None."""
+    # Here, because it looks for CUDA's tools.
+    from torch.utils import cpp_extension
+
     headers = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     return _built(

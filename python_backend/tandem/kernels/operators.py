@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,9 +49,36 @@ class Operators:
         """Takes a layer's pool, each `[num_slots, num_kv_heads, head_dim]`."""
         torch.ops.tandem.add_pool(self._model, layer, keys, values)
 
-    def enter(self) -> None:
-        """Makes the graphs that this thread runs next be this model's."""
-        torch.ops.tandem.enter(self._model)
+    def load_graph(self, path: Path, tensors: Mapping[str, Tensor]) -> LoadedGraph:
+        """Loads a compiled graph of this model.
+
+        Args:
+            tensors: what its constants may be, by name; they must stay as they are.
+
+        Raises:
+            KeyError: it needs another one, which is named.
+        """
+        return LoadedGraph(self._model, path, tensors, self)
+
+
+class LoadedGraph:
+    """A compiled graph and the tensors that it uses."""
+
+    def __init__(
+        self, model: int, path: Path, tensors: Mapping[str, Tensor], operators: Operators
+    ) -> None:
+        self._model = model
+        self._graph: int = torch.ops.tandem.load_graph(str(path))
+        weakref.finalize(self, torch.ops.tandem.drop_graph, self._graph)
+        names = torch.ops.tandem.graph_constants(self._graph)
+        self._tensors = {name: tensors[name] for name in names}
+        torch.ops.tandem.set_constants(self._graph, self._tensors)
+        self._operators = operators  # lives as long
+
+    def __call__(self, inputs: Items[Tensor]) -> list[Tensor]:
+        """Runs it on one thread at a time; Python's other threads go on meanwhile."""
+        outputs: list[Tensor] = torch.ops.tandem.run_graph(self._model, self._graph, list(inputs))
+        return outputs
 
 
 def operators(device: torch.device, dtype: torch.dtype, block_size: int) -> Operators | None:
