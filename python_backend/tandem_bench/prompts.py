@@ -80,7 +80,8 @@ def shared_prefix(
     engine: Engine, texts: list[list[int]], tokens: list[int], number: int
 ) -> dict[str, float]:
     """Milliseconds to the first token, of one request and of the next that begins alike."""
-    prefix = _prompt(tokens, _SHARED, number)
+    # Not the beginning of any long prompt, which may still be in the cache.
+    prefix = _prompt(tokens, _SHARED, 500 + number)
     first, second = (
         _time_to_first_token(engine, prefix + _prompt(tokens, _OWN, 1000 + 2 * number + turn))
         for turn in range(2)
