@@ -20,14 +20,12 @@ from tandem.graph import (
 from tandem.head import take_states
 from tandem.kernels import Operators
 from tandem.kernels.operators import write_kv
-from tandem.kv_cache import KVCache
+from tandem.kv_cache import CacheStandIn, KVCache
 from tandem.packed_pass import packed_logits
 
 
-class _GraphWriter:
+class _GraphWriter(CacheStandIn):
     """Stands in for a `KVWriter` while a graph is made of a pass."""
-
-    is_compileable = False
 
     def __init__(self, slots: Tensor) -> None:
         self._slots = slots
@@ -38,10 +36,6 @@ class _GraphWriter:
         """Stores K and V, and gives what stands for the layer in the graph."""
         layer = write_kv(key_states, value_states, self._slots, layer_idx)
         return layer, layer
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are passed explicitly; no model derives them from the cache."""
-        return 0
 
 
 class _Pass(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -79,34 +80,42 @@ class KVCache:
         return KVWriter(self, slots)
 
 
-class KVWriter:
-    """Stands in for a transformers `Cache` during one packed pass.
+class CacheStandIn(ABC):
+    """Stands in for a transformers `Cache`: what `update` returns reaches the attention function.
+
+    That is all of the interface that a pass over a packed row needs.
+    """
+
+    is_compileable = False
+
+    @abstractmethod
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Takes `[1, num_kv_heads, num_tokens, head_dim]` K and V of one layer."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are passed explicitly; no model derives them from the cache."""
+        return 0
+
+
+class KVWriter(CacheStandIn):
+    """The cache of one packed pass.
 
     A layer's `update` writes the pass's K/V to their slots and hands back the whole pool: that is
     what reaches the attention function as key and value. Layers that reuse another layer's K/V
     pass on what that layer got, so they read the right layer without any mapping here.
     """
 
-    is_compileable = False
-
     def __init__(self, cache: KVCache, slots: Tensor) -> None:
         self._cache = cache
         self._slots = slots  # [num_tokens]
 
     def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Stores `[1, num_kv_heads, num_tokens, head_dim]` K and V of one layer."""
         keys, values = self._cache.layer(layer_idx)
         keys.index_copy_(0, self._slots, key_states[0].transpose(0, 1))
         values.index_copy_(0, self._slots, value_states[0].transpose(0, 1))
         return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are passed explicitly; no model derives them from the cache."""
-        return 0

@@ -204,6 +204,7 @@ def pack_linears(
         int8: whether large matrices may be rounded to 8 bits for the product of a few rows.
         groups: layers that always read the same rows, one after the other.
     """
+    assert keep is None or not groups
     parts: dict[nn.Module, LinearPart] = {}
     for group in groups:
         joined, start = JoinedLinear(group), 0

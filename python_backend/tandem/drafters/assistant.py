@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.configuration_utils import SubConfigSpec
 
 from tandem.errors import DrafterMismatchError
+from tandem.kv_cache import CacheStandIn
 
 MODEL_TYPE = "tandem_assistant"
 # Parts of a verifier's layers that need more than K/V and hidden states, as Gemma 4 names them.
@@ -55,13 +56,11 @@ class AssistantConfig(PreTrainedConfig):
     trained_length: int | None = None
 
 
-class SharedKV:
-    """Stands in for a transformers `Cache`: each layer gets the K/V that the verifier wrote.
+class SharedKV(CacheStandIn):
+    """The cache of an assistant: each layer gets the K/V that the verifier wrote.
 
     What a layer computes as key and value of its own is dropped, so nothing has to be rolled back.
     """
-
-    is_compileable = False
 
     def __init__(self, layers: Items[tuple[Tensor, Tensor]]) -> None:
         self._layers = layers
@@ -71,10 +70,6 @@ class SharedKV:
     ) -> tuple[Tensor, Tensor]:
         """K and V of the verifier's layer that this one reads."""
         return self._layers[layer_idx]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are passed explicitly; no model derives them from the cache."""
-        return 0
 
 
 class Assistant(PreTrainedModel):

@@ -18,13 +18,11 @@ from tandem.graph import (
     try_to_compile,
 )
 from tandem.kernels import Operators
-from tandem.kv_cache import KVCache
+from tandem.kv_cache import CacheStandIn, KVCache
 
 
-class _GraphKV:
+class _GraphKV(CacheStandIn):
     """Stands in for a `SharedKV` while a graph is made of a step."""
-
-    is_compileable = False
 
     def __init__(self, source_layers: Items[int]) -> None:
         self._source_layers = source_layers
@@ -35,10 +33,6 @@ class _GraphKV:
         """What stands in the graph for the verifier's layer that this one reads."""
         layer = torch.full((), self._source_layers[layer_idx])
         return layer, layer
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are passed explicitly; no model derives them from the cache."""
-        return 0
 
 
 class _Step(nn.Module):
