@@ -179,13 +179,16 @@ _REASONS: dict[type[TandemError], str] = {
 
 
 def trace_id(request: Any) -> str:
-    """The trace that the request belongs to: of Triton's own tracing, or of a forwarded header.
+    """The trace that the request belongs to: of a forwarded header, or of Triton's own tracing.
 
-    Empty if there is none. The format is W3C's: version-trace-parent-flags.
+    Empty if there is none. The format is W3C's: version-trace-parent-flags. The header comes first:
+    in one of a hundred requests over gRPC, Triton 2.51 reads it wrongly and begins another trace.
     """
-    context = request.trace().get_context() or request.parameters() or "{}"
-    parts = str(json.loads(context).get("traceparent", "")).split("-")
-    return parts[1] if len(parts) == 4 else ""
+    for context in (request.parameters(), request.trace().get_context()):
+        parts = str(json.loads(context or "{}").get("traceparent", "")).split("-")
+        if len(parts) == 4:
+            return parts[1]
+    return ""
 
 
 def _options(request: Any) -> RequestOptions:
