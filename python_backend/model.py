@@ -59,12 +59,14 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the engine from the version directory's `model.json` and starts the threads."""
         log_to_server()
-        self._engine = self._load_engine(args)
+        self._stepper = ThreadPoolExecutor(1, "tandem-step")
+        # OpenMP keeps a team for each thread that ever computed, and where there are more of their
+        # threads than cores, they sleep after every product instead of waiting for the next.
+        self._engine = self._stepper.submit(self._load_engine, args).result()
         self._metrics = MetricsExporter(self._engine, args)
         self._drain = Drain(self._parameter(args, "drain_seconds", _DRAIN_SECONDS))
         self._stopped: EngineStoppedError | None = None
         self._turn = asyncio.Lock()
-        self._stepper = ThreadPoolExecutor(1, "tandem-step")
         self._room = threading.Condition()
         self._requests: dict[Sequence, Request] = {}
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
