@@ -287,6 +287,7 @@ FAULTY = '''
 
 import importlib.util
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -298,12 +299,21 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 
 
+loaders = set()
+
+
 class TritonPythonModel(module.TritonPythonModel):
+    @staticmethod
+    def _load_engine(args):
+        loaders.add(threading.get_ident())
+        return module.TritonPythonModel._load_engine(args)
+
     def initialize(self, args):
         super().initialize(args)
         verify, bad, worse = self._engine.verify, *self._engine.tokenizer("~^")["input_ids"]
 
         def failing(batch):
+            assert loaders == {{threading.get_ident()}}, "a second team of OpenMP threads"
             sequences = [s.sequence for s in batch]
             prompts = {{t for s in sequences for t in s.token_ids[: s.num_prompt_tokens]}}
             if worse in prompts:
