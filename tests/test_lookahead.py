@@ -199,7 +199,22 @@ def test_a_prompt_slows_decoding_as_far_as_is_allowed(slowdown: float) -> None:
         assert tokens is not None
         with_prompt = model.verify(num_decoding, num_decoding, tokens)
         assert with_prompt <= slowdown * alone
-        assert with_prompt == pytest.approx(slowdown * alone, rel=0.05)
+        assert with_prompt == pytest.approx((0.1 + 0.9 * slowdown) * alone, rel=0.05)
+
+
+def test_prompts_that_cost_more_than_was_measured_get_fewer_tokens() -> None:
+    model = CostModel(costs("model"))
+    lookahead = AdaptiveLookahead(model, 2.0)
+    alone, expected = model.verify(8, 8), lookahead.max_prompt_tokens(8)
+    assert expected is not None
+    true_cost = 3 * (model.verify(8, 8, 1) - alone)
+    for _ in range(50):
+        tokens = lookahead.max_prompt_tokens(8)
+        assert tokens is not None
+        model.observe_verify(8, 8, tokens, alone + tokens * true_cost)
+    assert tokens == pytest.approx(expected / 3, abs=1)
+    # What passes cost without prompts is another matter.
+    assert model.verify(8, 8) == alone
 
 
 def test_confidences_are_translated_into_what_they_were_worth() -> None:

@@ -90,26 +90,17 @@ class PackedBatch:
         batch_invariant: bool = False,
     ) -> None:
         self._spans = spans
+        self.num_tokens = sum(span.num_queries for span in spans)
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
-        self._causal = causal
+        self.causal = causal
         self.kernel: AttentionKernel | None = attention_kernel(device, dtype)
         assert self.kernel is not None or not batch_invariant
         self._too_many = math.inf if batch_invariant else _MANY_QUERIES
         self.queries_at_once = _QUERIES_AT_ONCE if device.type == "cpu" and causal else None
         self._queries: dict[int | None, Queries | None] = {}
         self._reads: dict[tuple[int | None, int], list[_Read]] = {}
-
-    @property
-    def runs_on_kernel(self) -> bool:
-        """Whether no query needs anything but the kernel."""
-        return all(map(self._uses_kernel, self._spans))
-
-    @property
-    def windows(self) -> list[int | None]:
-        """Those of the layers that have attended so far."""
-        return list(self._queries)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -141,6 +132,23 @@ class PackedBatch:
         ]
         return torch.tensor(slots, device=self._device)
 
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """What a compiled pass needs to know of the row.
+
+        Returns:
+            For each span, `[num_spans, 5]`: its first row, its number of queries, its `kv_len`,
+            where its block table begins, and whether it needs matrix products instead of the
+            kernel; and the block tables, one behind the other.
+        """
+        tables: list[int] = []
+        spans, row = [], 0
+        for span in self._spans:
+            by_products = not self._uses_kernel(span)
+            spans.append((row, span.num_queries, span.kv_len, len(tables), by_products))
+            tables += span.block_table[: -(-span.kv_len // self._block_size)]
+            row += span.num_queries
+        return torch.tensor(spans, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
+
     def queries(self, window: int | None) -> Queries | None:
         """What the kernel computes in layers with this window, if anything; worked out once."""
         if window not in self._queries:
@@ -151,7 +159,7 @@ class PackedBatch:
                 if self._uses_kernel(span):
                     for offset in range(span.num_queries):
                         stop = span.kv_len
-                        if self._causal:
+                        if self.causal:
                             stop += offset + 1 - span.num_queries
                         first = self._first_key(stop, window)
                         queries.append((row + offset, len(tables), first, stop))
@@ -172,7 +180,7 @@ class PackedBatch:
                     continue
                 for part in self._parts(span):
                     queries = slice(start, start + part.num_queries)
-                    earliest = part.kv_len - part.num_queries + 1 if self._causal else part.kv_len
+                    earliest = part.kv_len - part.num_queries + 1 if self.causal else part.kv_len
                     first = self._first_key(earliest, window)
                     mask = self._mask(part, first, window, num_groups)
                     reads.append(_Read(queries, self._runs(part, first), mask))
@@ -198,7 +206,7 @@ class PackedBatch:
         if window is None:
             return 0
         # transformers' bidirectional window, which Gemma 4's assistants use, includes both ends.
-        return max(0, stop - window if self._causal else stop - window - 1)
+        return max(0, stop - window if self.causal else stop - window - 1)
 
     def _runs(self, span: Span, first: int) -> tuple[slice, ...]:
         """The slots of tokens `first` to `kv_len`, as few contiguous runs as there are."""
@@ -215,7 +223,7 @@ class PackedBatch:
         return tuple(runs)
 
     def _mask(self, span: Span, first: int, window: int | None, num_groups: int) -> Tensor | None:
-        if not self._causal or span.num_queries == 1:
+        if not self.causal or span.num_queries == 1:
             return None
         keys = torch.arange(first, span.kv_len, device=self._device)
         queries = torch.arange(

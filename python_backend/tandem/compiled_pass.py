@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,7 +12,6 @@ from tandem.graph import (
     Graph,
     GraphBatch,
     check_compiled,
-    plan,
     try_to_compile,
 )
 from tandem.head import take_states
@@ -41,31 +38,26 @@ class _GraphWriter(CacheStandIn):
 class _Pass(nn.Module):
     """What `packed_logits` does, of tensors alone."""
 
-    def __init__(self, model: PreTrainedModel, windows: Items[int | None]) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self._windows = windows
-
-    def extra_repr(self) -> str:
-        """What the graph depends on beside the model."""
-        return f"windows={self._windows}"
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the output head reads behind `rows`, `[1, num_rows, hidden_size]`."""
-        token_ids, positions, rows, slots, tables, *queries = inputs
+        token_ids, positions, rows, slots, spans, tables = inputs
         self.model(
             input_ids=token_ids,
             position_ids=positions,
             cache=_GraphWriter(slots),
             use_cache=True,
             logits_to_keep=rows,
-            packed=GraphBatch(self._windows, tables, queries),
+            packed=GraphBatch(spans, tables),
         )
         return take_states(self.model)
 
 
 class CompiledPass:
-    """The verifier's pass up to the output head, where all queries run on the kernel."""
+    """The verifier's pass up to the output head."""
 
     def __init__(self, model: PreTrainedModel, cache: KVCache, operators: Operators) -> None:
         """Makes the graph and compares it with the model.
@@ -89,9 +81,8 @@ class CompiledPass:
         written = [pool[slots] for pool in pools]
         for pool in pools:
             pool[slots] = torch.nan
-        self._windows = packed.windows
         inputs = self._inputs(packed, token_ids, positions, rows)
-        self._graph = Graph(_Pass(model, self._windows), inputs, operators)
+        self._graph = Graph(_Pass(model), inputs, operators)
         check_compiled(self(packed, token_ids, positions, rows), expected[0])
         for pool, states in zip(pools, written, strict=True):
             check_compiled(pool[slots], states)
@@ -102,7 +93,6 @@ class CompiledPass:
         """What the output head reads behind `rows`, `[len(rows), hidden_size]`.
 
         Args:
-            packed: runs on the kernel alone.
             token_ids, positions: of the packed row.
             rows: places in it.
         """
@@ -118,7 +108,7 @@ class CompiledPass:
             torch.tensor([positions]),
             torch.tensor(rows),
             packed.slots(),
-            *plan(packed, self._windows),
+            *packed.spans(),
         ]
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 # How fast the corrections follow: all of a kind together, and single sizes of a pass.
 _RATE = 0.05
 _LOCAL_RATE = 0.02
+# A prompt is over after few passes, and the longer it is, the more its tokens attend to.
+_PROMPT_RATE = 0.25
 # One observation says at most this much: a pause of the machine is no change of its speed.
 _MAX_RATIO = 2.0
 
@@ -103,6 +105,7 @@ class CostModel:
         self._verify_ratio = 1.0
         # By the number of bits of a pass's tokens: the measured curve may have another shape.
         self._local_ratio: defaultdict[int, float] = defaultdict(lambda: 1.0)
+        self._prompt_ratio = 1.0
         self._draft_ratio: defaultdict[str, float] = defaultdict(lambda: 1.0)
         self.rest = 0.0  # of a step: scheduling, committing
 
@@ -116,7 +119,7 @@ class CostModel:
         costs = self._costs
         seconds = costs.verify(max(1, num_rows)) + costs.sequence * max(0, num_sequences - 1)
         ratio = self._verify_ratio * self._local_ratio[num_rows.bit_length()]
-        return ratio * (seconds + costs.prompt_token * num_prompt_tokens)
+        return ratio * seconds + self._prompt_ratio * costs.prompt_token * num_prompt_tokens
 
     def draft(self, drafter: str, num_sequences: int, num_guesses: int) -> float:
         """Seconds of a round in which each sequence gets `num_guesses` guesses."""
@@ -129,8 +132,15 @@ class CostModel:
     def observe_verify(
         self, num_rows: int, num_sequences: int, num_prompt_tokens: int, seconds: float
     ) -> None:
-        """Corrects `verify` by what a pass took."""
-        ratio = _clipped(seconds / self.verify(num_rows, num_sequences, num_prompt_tokens))
+        """Corrects `verify` by what a pass took; beside a prompt, what is said of its tokens."""
+        alone = self.verify(num_rows, num_sequences)
+        if num_prompt_tokens > 0:
+            predicted = self.verify(num_rows, num_sequences, num_prompt_tokens) - alone
+            if predicted > 0:
+                ratio = _clipped((seconds - alone) / predicted)
+                self._prompt_ratio *= 1 + _PROMPT_RATE * (ratio - 1)
+            return
+        ratio = _clipped(seconds / alone)
         self._verify_ratio *= 1 + _RATE * (ratio - 1)
         self._local_ratio[num_rows.bit_length()] *= 1 + _LOCAL_RATE * (ratio - 1)
 

@@ -27,7 +27,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tandem.attention import PackedBatch
 from tandem.errors import UnsupportedModelError
 from tandem.kernels import Operators, operators
 from tandem.kernels.operators import attend
@@ -186,23 +185,16 @@ def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
 class GraphBatch:
     """Stands in for a `PackedBatch` while a graph is made of a pass."""
 
-    def __init__(self, windows: Items[int | None], tables: Tensor, queries: Items[Tensor]) -> None:
-        """Takes what `plan` gave, as inputs of the graph."""
-        self._queries = dict(zip(windows, queries, strict=True))
-        self._tables = tables
+    def __init__(self, spans: Tensor, tables: Tensor, *, causal: bool = True) -> None:
+        """Takes what `PackedBatch.spans` gave, as inputs of the graph."""
+        self._spans, self._tables = spans, tables
+        self._causal = causal
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """See `tandem.attention.Packed`; key is what stands for the layer in the graph."""
-        return attend(query, key, self._queries[window], self._tables, scaling)
-
-
-def plan(packed: PackedBatch, windows: Items[int | None]) -> list[Tensor]:
-    """Block tables and queries of a row that runs on the kernel, for layers with these windows."""
-    assert packed.runs_on_kernel
-    queries = [found for found in map(packed.queries, windows) if found is not None]
-    return [queries[0].tables, *(each.queries for each in queries)]
+        return attend(query, key, self._spans, self._tables, scaling, window, causal=self._causal)
 
 
 def check_compiled(result: Tensor, expected: Tensor) -> None:

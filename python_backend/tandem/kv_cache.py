@@ -43,7 +43,8 @@ class KVCache:
         self.block_size = block_size
         self.num_slots = num_blocks * block_size
         elements = sum(shape.elements_per_token for shape in shapes) * self.num_slots
-        self._storage = torch.empty(elements, dtype=dtype, device=device)
+        # Written, so that the memory is there: else it would be taken bit by bit in service.
+        self._storage = torch.empty(elements, dtype=dtype, device=device).zero_()
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         offset = 0
         for shape in shapes:

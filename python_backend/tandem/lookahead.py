@@ -31,6 +31,8 @@ _MAX_DELAY = 2.0
 _PROBE_AFTER = 32
 _PROBE_SEQUENCES = 4
 _PROBE_GUESSES = 1
+# So much is used of what a prompt may cost others: predictions scatter.
+_CAUTION = 0.9
 # The share of a pass that doesn't count.
 _NOTHING = 0.01
 
@@ -133,7 +135,7 @@ class AdaptiveLookahead(Lookahead):
             return None
         alone = self.costs.verify(num_decoding, num_decoding) + self.costs.rest
         token = self.costs.verify(num_decoding, num_decoding, 1) + self.costs.rest - alone
-        spare = (self._max_prefill_slowdown - 1) * alone
+        spare = _CAUTION * (self._max_prefill_slowdown - 1) * alone
         return None if token <= 0 else max(1, int(spare / token))
 
     def plan(self, batch: Items[ScheduledSequence]) -> None:

@@ -14,7 +14,6 @@ from tandem.graph import (
     Graph,
     GraphBatch,
     check_compiled,
-    plan,
     try_to_compile,
 )
 from tandem.kernels import Operators
@@ -38,20 +37,15 @@ class _GraphKV(CacheStandIn):
 class _Step(nn.Module):
     """One guess further, of tensors alone."""
 
-    def __init__(self, assistant: Assistant, windows: Items[int | None]) -> None:
+    def __init__(self, assistant: Assistant) -> None:
         super().__init__()
         self.assistant = assistant
         # The assistant doesn't own it; whoever makes a graph has to find it.
         self.embed = assistant.embed
-        self._windows = windows
-
-    def extra_repr(self) -> str:
-        """What the graph depends on beside the assistant."""
-        return f"windows={self._windows}"
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The next state, `[1, n, hidden_size]`, and logits over the draft vocabulary."""
-        token_ids, hidden, positions, tables, *queries = inputs
+        token_ids, hidden, positions, spans, tables = inputs
         config = self.assistant.config
         assert self.assistant.head is not None
         state = self.assistant(
@@ -59,7 +53,7 @@ class _Step(nn.Module):
             hidden,
             positions,
             _GraphKV(config.source_layers),
-            packed=GraphBatch(self._windows, tables, queries),
+            packed=GraphBatch(spans, tables, causal=False),
         )
         return state, self.assistant.head(state)
 
@@ -92,9 +86,8 @@ class CompiledStep:
         hidden = torch.linspace(-1, 1, 3 * width).view(1, 3, width).to(assistant.dtype)
         expected = assistant(token_ids, hidden, positions, shared, packed=packed)
         assert assistant.head is not None
-        self._windows = packed.windows
-        inputs = [token_ids, hidden, positions, *plan(packed, self._windows)]
-        self._graph = Graph(_Step(assistant, self._windows), inputs, operators)
+        inputs = [token_ids, hidden, positions, *packed.spans()]
+        self._graph = Graph(_Step(assistant), inputs, operators)
         state, logits = self._graph(*inputs)
         check_compiled(state, expected)
         check_compiled(logits, assistant.head(expected))
@@ -103,7 +96,7 @@ class CompiledStep:
         self, token_ids: Tensor, hidden: Tensor, positions: Tensor, packed: PackedBatch
     ) -> tuple[Tensor, Tensor]:
         """The next state and logits over the draft vocabulary; see `Assistant.forward`."""
-        state, logits = self._graph(token_ids, hidden, positions, *plan(packed, self._windows))
+        state, logits = self._graph(token_ids, hidden, positions, *packed.spans())
         return state, logits
 
 

@@ -11,6 +11,8 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -26,7 +28,7 @@ using Attention = void (*)(const void *, int64_t, int64_t, const void *, const v
                            const int32_t *, const int32_t *, int, int, int, int, int, float,
                            float *, int64_t, int64_t, int);
 
-constexpr int64_t LANES = 16, MAX_GROUPS = 8;
+constexpr int64_t LANES = 16, MAX_GROUPS = 8, QUERIES_AT_ONCE = 128;
 
 struct Linear {
   Tensor weight;  // packed
@@ -167,29 +169,118 @@ Tensor write_kv(const Tensor &keys, const Tensor &values, const Tensor &slots, i
   return at::scalar_tensor(layer, at::kLong);
 }
 
-Tensor attend(const Tensor &query, const Tensor &layer, const Tensor &queries, const Tensor &tables,
-              double scaling) {
+// A sequence's part of a packed row, as `PackedBatch.spans` writes it.
+struct Span {
+  int32_t row, num_queries, kv_len, table, by_products;
+};
+
+// What the kernel takes of a query.
+struct Query {
+  int32_t row, table, first, stop;
+};
+
+// Which keys a query sees that may see those before `stop`.
+struct Sight {
+  int64_t window;  // 0 for all
+  bool causal;
+
+  int64_t first_key(int64_t stop) const {
+    if (window == 0) return 0;
+    // transformers' bidirectional window includes both ends.
+    return std::max<int64_t>(0, causal ? stop - window : stop - window - 1);
+  }
+
+  // [num_queries, stop - first], for queries that are the last tokens before `stop`.
+  Tensor mask(int64_t num_queries, int64_t first, int64_t stop) const {
+    const int64_t num_keys = stop - first;
+    Tensor mask = at::full({num_queries, num_keys}, -INFINITY, at::kFloat);
+    float *row = mask.mutable_data_ptr<float>();
+    for (int64_t end = stop - num_queries + 1; end <= stop; end++, row += num_keys)
+      std::fill(row + std::max<int64_t>(0, first_key(end) - first), row + end - first, 0.0f);
+    return mask;
+  }
+};
+
+// Tokens `first` to `stop` of a sequence, [num_tokens, num_kv_heads, head_dim]: a view of the pool
+// where its blocks lie one behind the other.
+Tensor read(const Tensor &pool, const int32_t *table, int64_t block_size, int64_t first,
+            int64_t stop) {
+  std::vector<std::pair<int64_t, int64_t>> runs;
+  for (int64_t at = first, end; at < stop; at = end) {
+    const int64_t slot = table[at / block_size] * block_size + at % block_size;
+    end = std::min(stop, (at / block_size + 1) * block_size);
+    if (!runs.empty() && runs.back().second == slot)
+      runs.back().second += end - at;
+    else
+      runs.push_back({slot, slot + end - at});
+  }
+  std::vector<Tensor> parts;
+  for (const auto &[start, end] : runs) parts.push_back(pool.slice(0, start, end));
+  return parts.size() == 1 ? parts[0] : at::cat(parts);
+}
+
+// Attention of many queries by matrix products, some at a time: their scores stay in the caches,
+// and keys behind the last of them are left out instead of being masked.
+void attend_by_products(const Tensor &query, const Pool &pool, Tensor &output, const Span &span,
+                        const int32_t *table, int64_t block_size, double scaling,
+                        const Sight &sight) {
+  const int64_t num_heads = query.size(1), dim = query.size(3), num_kv_heads = pool.keys.size(1);
+  TORCH_CHECK(sight.causal, "many queries are those of a prompt");
+  for (int64_t start = 0; start < span.num_queries; start += QUERIES_AT_ONCE) {
+    const int64_t count = std::min(QUERIES_AT_ONCE, span.num_queries - start);
+    const int64_t stop = span.kv_len - span.num_queries + start + count;
+    const int64_t first = sight.first_key(stop - count + 1), row = span.row + start;
+    const Tensor keys = read(pool.keys, table, block_size, first, stop);
+    const Tensor values = read(pool.values, table, block_size, first, stop);
+    // The query heads that share a KV head become rows of one product.
+    const Tensor grouped =
+        query[0].slice(1, row, row + count).reshape({num_kv_heads, -1, dim});
+    Tensor scores = at::matmul(grouped, keys.permute({1, 2, 0})).to(at::kFloat).mul_(scaling);
+    scores.view({num_heads, count, -1}).add_(sight.mask(count, first, stop));
+    const Tensor attended =
+        at::matmul(scores.softmax(-1).to(query.scalar_type()), values.transpose(0, 1));
+    output[0].slice(0, row, row + count).copy_(
+        attended.view({num_heads, count, dim}).transpose(0, 1));
+  }
+}
+
+Tensor attend(const Tensor &query, const Tensor &layer, const Tensor &spans, const Tensor &tables,
+              double scaling, int64_t window, bool causal) {
   const Model &model = running();
   const Pool &found = model.pools.at(*layer.const_data_ptr<int64_t>());
   const int64_t num_heads = query.size(1), num_tokens = query.size(2), dim = query.size(3);
-  const int num_queries = static_cast<int>(queries.size(0)), num_threads = at::get_num_threads();
-  const int32_t *spans = queries.const_data_ptr<int32_t>();
-  int64_t num_keys = 0;
-  for (int i = 0; i < num_queries; i++)
-    num_keys = std::max<int64_t>(num_keys, spans[4 * i + 3] - spans[4 * i + 2]);
-  const int64_t row = rounded_up(num_keys), own = MAX_GROUPS * (row + rounded_up(dim));
-  Tensor scratch = at::empty({num_threads * own}, at::kFloat);
-  Tensor output = at::empty({1, num_tokens, num_heads, dim}, query.options());
   TORCH_CHECK(query.stride(3) == 1 && query.dtype() == found.keys.dtype());
   TORCH_CHECK(dim == found.keys.size(2) && num_heads % found.keys.size(1) == 0);
   TORCH_CHECK(num_heads / found.keys.size(1) <= MAX_GROUPS);
+  Tensor output = at::empty({1, num_tokens, num_heads, dim}, query.options());
+  const Sight sight{window, causal};
+  const int32_t *table = tables.const_data_ptr<int32_t>();
+  const Span *span = reinterpret_cast<const Span *>(spans.const_data_ptr<int32_t>());
+  std::vector<Query> queries;
+  int64_t num_keys = 0;
+  for (const Span *end = span + spans.size(0); span < end; span++) {
+    if (span->by_products) {
+      attend_by_products(query, found, output, *span, table + span->table, model.block_size,
+                         scaling, sight);
+      continue;
+    }
+    for (int32_t i = 0; i < span->num_queries; i++) {
+      const int32_t stop = causal ? span->kv_len - span->num_queries + i + 1 : span->kv_len;
+      const auto first = static_cast<int32_t>(sight.first_key(stop));
+      queries.push_back({span->row + i, span->table, first, stop});
+      num_keys = std::max<int64_t>(num_keys, stop - first);
+    }
+  }
+  const int num_threads = at::get_num_threads();
+  const int64_t row = rounded_up(num_keys), own = MAX_GROUPS * (row + rounded_up(dim));
+  Tensor scratch = at::empty({num_threads * own}, at::kFloat);
   model.attention(query.const_data_ptr(), query.stride(1), query.stride(2),
                   found.keys.const_data_ptr(), found.values.const_data_ptr(),
-                  output.mutable_data_ptr(), tables.const_data_ptr<int32_t>(), spans, num_queries,
-                  static_cast<int>(num_heads), static_cast<int>(found.keys.size(1)),
-                  static_cast<int>(dim), static_cast<int>(model.block_size),
-                  static_cast<float>(scaling), scratch.mutable_data_ptr<float>(), own, row,
-                  num_threads);
+                  output.mutable_data_ptr(), table, &queries.data()->row,
+                  static_cast<int>(queries.size()), static_cast<int>(num_heads),
+                  static_cast<int>(found.keys.size(1)), static_cast<int>(dim),
+                  static_cast<int>(model.block_size), static_cast<float>(scaling),
+                  scratch.mutable_data_ptr<float>(), own, row, num_threads);
   return output;
 }
 
@@ -211,7 +302,8 @@ TORCH_LIBRARY(tandem, library) {
   library.def("linear(Tensor rows, int index, int out_features) -> Tensor");
   library.def("write_kv(Tensor keys, Tensor values, Tensor slots, int layer) -> Tensor");
   library.def(
-      "attend(Tensor query, Tensor layer, Tensor queries, Tensor tables, float scaling) -> Tensor");
+      "attend(Tensor query, Tensor layer, Tensor spans, Tensor tables, float scaling, int window, "
+      "bool causal) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tandem, CPU, library) {

@@ -118,7 +118,13 @@ def _write_kv_shape(keys: Tensor, values: Tensor, slots: Tensor, layer: int) -> 
 
 
 def _attend_shape(
-    query: Tensor, layer: Tensor, queries: Tensor, tables: Tensor, scaling: float
+    query: Tensor,
+    layer: Tensor,
+    spans: Tensor,
+    tables: Tensor,
+    scaling: float,
+    window: int,
+    causal: bool,
 ) -> Tensor:
     _, num_heads, num_tokens, head_dim = query.shape
     return query.new_empty(1, num_tokens, num_heads, head_dim)
@@ -136,15 +142,27 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, layer: int) -> Tensor:
     return written
 
 
-def attend(query: Tensor, layer: Tensor, queries: Tensor, tables: Tensor, scaling: float) -> Tensor:
+def attend(
+    query: Tensor,
+    layer: Tensor,
+    spans: Tensor,
+    tables: Tensor,
+    scaling: float,
+    window: int | None,
+    *,
+    causal: bool,
+) -> Tensor:
     """Attention of `[1, num_heads, num_tokens, head_dim]`.
 
     Args:
         layer: from `write_kv`, so that it reads what was written.
-        queries, tables: see `Queries`.
+        spans, tables: see `PackedBatch.spans`.
+        window, causal: see `PackedBatch`.
 
     Returns:
         `[1, num_tokens, num_heads, head_dim]`.
     """
-    attended: Tensor = torch.ops.tandem.attend(query, layer, queries, tables, scaling)
+    attended: Tensor = torch.ops.tandem.attend(
+        query, layer, spans, tables, scaling, window or 0, causal
+    )
     return attended
