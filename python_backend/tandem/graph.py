@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from tandem.errors import UnsupportedModelError
 from tandem.kernels import Operators, operators
-from tandem.kernels.operators import attend
+from tandem.kernels.operators import attend, direct_calls
 from tandem.kv_cache import KVCache
 from tandem.machine import cache_directory, code_hash, cpu_name
 from tandem.packing import Int8Linear, PackedLinear
@@ -41,8 +41,8 @@ _SETTINGS = {
     "aot_inductor.package_constants_in_so": False,
     # Fused operations round where the model's own do.
     "emulate_precision_casts": True,
-    # A few rows of a small model gain nothing from a second thread between the products.
-    "cpp.threads": 1,
+    # As many as there are when it runs; see `operators.cpp`.
+    "cpp.dynamic_threads": True,
     # What several layers read, such as the angles of rotary embeddings, is computed once.
     "realize_opcount_threshold": 5,
     # No pool of processes is left behind.
@@ -175,7 +175,12 @@ def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = Path(directory) / path.name
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(made), inductor_configs=dict(_SETTINGS)
+            program,
+            package_path=str(made),
+            inductor_configs={
+                **_SETTINGS,
+                "aot_inductor.custom_ops_to_c_shims": direct_calls(),
+            },
         )
         # Another engine may be at the same; the last to end leaves its own.
         made.replace(path)

@@ -6,9 +6,10 @@
 // Python's other threads go on meanwhile.
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -28,7 +29,7 @@ using Attention = void (*)(const void *, int64_t, int64_t, const void *, const v
                            const int32_t *, const int32_t *, int, int, int, int, int, float,
                            float *, int64_t, int64_t, int);
 
-constexpr int64_t LANES = 16, MAX_GROUPS = 8, QUERIES_AT_ONCE = 128;
+constexpr int64_t LANES = 16, MAX_GROUPS = 8, QUERIES_AT_ONCE = 128, MANY_ROWS = 8;
 
 struct Linear {
   Tensor weight;  // packed
@@ -49,11 +50,27 @@ struct Model {
   std::map<int64_t, Pool> pools;  // by layer
 };
 
+// A graph that runs. Between the products, a few rows gain nothing from more than one thread.
+struct Run {
+  Model &model;
+  int num_threads;  // of a product
+};
+
+// Gives what follows so many threads.
+class Threads {
+ public:
+  explicit Threads(int number) : before_(omp_get_max_threads()) { omp_set_num_threads(number); }
+  ~Threads() { omp_set_num_threads(before_); }
+
+ private:
+  int before_;
+};
+
 std::mutex mutex;
 std::map<int64_t, std::unique_ptr<Model>> models;
 std::map<int64_t, std::unique_ptr<Loader>> graphs;
 int64_t num_made = 0;
-thread_local Model *current = nullptr;
+thread_local Run *current = nullptr;
 
 int64_t rounded_up(int64_t number) { return (number + LANES - 1) / LANES * LANES; }
 
@@ -118,25 +135,30 @@ void set_constants(int64_t graph, const c10::Dict<std::string, Tensor> &constant
 }
 
 std::vector<Tensor> run_graph(int64_t model, int64_t graph, const std::vector<Tensor> &inputs) {
-  current = &find(model);
+  Run run{find(model), omp_get_max_threads()};
+  const Threads between(inputs.at(0).numel() < MANY_ROWS ? 1 : run.num_threads);
+  current = &run;
   auto outputs = loaded(graph).run(inputs);
   current = nullptr;
   return outputs;
 }
 
-Model &running() {
+const Run &running() {
   TORCH_CHECK(current != nullptr, "only graphs may call this");
   return *current;
 }
 
 Tensor linear(const Tensor &rows, int64_t index, int64_t out_features) {
   using Options = c10::List<std::optional<at::Scalar>>;
+  static const Options none;
   static const auto product =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
           .typed<Tensor(const Tensor &, const Tensor &, const std::optional<Tensor> &,
                         std::string_view, Options, std::optional<std::string_view>)>();
-  const Linear &found = running().linears.at(index);
+  const Run &run = running();
+  const Threads all(run.num_threads);
+  const Linear &found = run.model.linears.at(index);
   if (found.int8_weight && rows.numel() <= found.int8_rows * rows.size(-1)) {
     const Tensor flat = rows.reshape({-1, rows.size(-1)}).to(at::kBFloat16).contiguous();
     auto shape = rows.sizes().vec();
@@ -145,11 +167,11 @@ Tensor linear(const Tensor &rows, int64_t index, int64_t out_features) {
         .to(rows.scalar_type())
         .view(shape);
   }
-  return product.call(rows, found.weight, found.bias, "none", Options(), "");
+  return product.call(rows, found.weight, found.bias, "none", none, "");
 }
 
 Tensor write_kv(const Tensor &keys, const Tensor &values, const Tensor &slots, int64_t layer) {
-  const Pool &found = running().pools.at(layer);
+  const Pool &found = running().model.pools.at(layer);
   const int64_t num_heads = keys.size(1), num_tokens = keys.size(2), dim = keys.size(3);
   const int64_t *slot = slots.const_data_ptr<int64_t>();
   TORCH_CHECK(slots.numel() == num_tokens);
@@ -246,7 +268,9 @@ void attend_by_products(const Tensor &query, const Pool &pool, Tensor &output, c
 
 Tensor attend(const Tensor &query, const Tensor &layer, const Tensor &spans, const Tensor &tables,
               double scaling, int64_t window, bool causal) {
-  const Model &model = running();
+  const Run &run = running();
+  const Threads all(run.num_threads);
+  const Model &model = run.model;
   const Pool &found = model.pools.at(*layer.const_data_ptr<int64_t>());
   const int64_t num_heads = query.size(1), num_tokens = query.size(2), dim = query.size(3);
   TORCH_CHECK(query.stride(3) == 1 && query.dtype() == found.keys.dtype());
@@ -271,20 +295,61 @@ Tensor attend(const Tensor &query, const Tensor &layer, const Tensor &spans, con
       num_keys = std::max<int64_t>(num_keys, stop - first);
     }
   }
-  const int num_threads = at::get_num_threads();
   const int64_t row = rounded_up(num_keys), own = MAX_GROUPS * (row + rounded_up(dim));
-  Tensor scratch = at::empty({num_threads * own}, at::kFloat);
+  Tensor scratch = at::empty({run.num_threads * own}, at::kFloat);
   model.attention(query.const_data_ptr(), query.stride(1), query.stride(2),
                   found.keys.const_data_ptr(), found.values.const_data_ptr(),
                   output.mutable_data_ptr(), table, &queries.data()->row,
                   static_cast<int>(queries.size()), static_cast<int>(num_heads),
                   static_cast<int>(found.keys.size(1)), static_cast<int>(dim),
                   static_cast<int>(model.block_size), static_cast<float>(scaling),
-                  scratch.mutable_data_ptr<float>(), own, row, num_threads);
+                  scratch.mutable_data_ptr<float>(), own, row, run.num_threads);
   return output;
 }
 
+// What a graph hands over and gets back.
+const Tensor &tensor(AtenTensorHandle handle) {
+  return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
+}
+
+AtenTensorHandle handle(Tensor &&made) {
+  return torch::aot_inductor::new_tensor_handle(std::move(made));
+}
+
 }  // namespace
+
+// As graphs call the operators: without torch's dispatcher, which would find them by name each time
+// and tell torch's profiler of them.
+extern "C" {
+
+AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle rows, int64_t index, int64_t out_features,
+                                     AtenTensorHandle *result) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    RECORD_FUNCTION("tandem::linear", {});
+    *result = handle(linear(tensor(rows), index, out_features));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_write_kv(AtenTensorHandle keys, AtenTensorHandle values,
+                                       AtenTensorHandle slots, int64_t layer,
+                                       AtenTensorHandle *result) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    RECORD_FUNCTION("tandem::write_kv", {});
+    *result = handle(write_kv(tensor(keys), tensor(values), tensor(slots), layer));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTensorHandle layer,
+                                     AtenTensorHandle spans, AtenTensorHandle tables,
+                                     double scaling, int64_t window, int32_t causal,
+                                     AtenTensorHandle *result) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    RECORD_FUNCTION("tandem::attend", {});
+    *result = handle(attend(tensor(query), tensor(layer), tensor(spans), tensor(tables), scaling,
+                            window, causal));
+  });
+}
+}
 
 TORCH_LIBRARY(tandem, library) {
   library.def("make_model(int attention, int block_size) -> int", &make_model);

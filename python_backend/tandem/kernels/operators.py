@@ -95,7 +95,8 @@ def _load() -> bool:
     if path is None:
         return False
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        # Graphs find their operators in it.
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     except OSError as error:
         logger.warning("can't load the operators of compiled passes: %s", error)
         return False
@@ -128,6 +129,25 @@ def _attend_shape(
 ) -> Tensor:
     _, num_heads, num_tokens, head_dim = query.shape
     return query.new_empty(1, num_tokens, num_heads, head_dim)
+
+
+def direct_calls() -> dict[object, list[str]]:
+    """The operators that a graph may call without torch's dispatcher, as Inductor's setting."""
+    start, result = "AOTITorchError aoti_torch_cpu_", "AtenTensorHandle *result)"
+    handles = "AtenTensorHandle {}, ".format
+    return {
+        torch.ops.tandem.linear.default: [
+            f"{start}linear({handles('rows')}int64_t index, int64_t out_features, {result}"
+        ],
+        torch.ops.tandem.write_kv.default: [
+            f"{start}write_kv({handles('keys')}{handles('values')}{handles('slots')}"
+            f"int64_t layer, {result}"
+        ],
+        torch.ops.tandem.attend.default: [
+            f"{start}attend({handles('query')}{handles('layer')}{handles('spans')}"
+            f"{handles('tables')}double scaling, int64_t window, int32_t causal, {result}"
+        ],
+    }
 
 
 def linear(rows: Tensor, index: int, out_features: int) -> Tensor:
