@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tandem.packing import Int8Linear, PackedLinear, can_pack, joinable, pack_linears
+from tandem import UnsupportedModelError
+from tandem.packing import Int8Linear, PackedLinear, can_pack, fix_tiles, joinable, pack_linears
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="no oneDNN in this build of torch"
@@ -109,3 +110,23 @@ def test_a_part_is_never_of_other_rows() -> None:
     for index, rows in ((0, first), (0, second), (1, first), (1, second), (0, first), (1, first)):
         torch.testing.assert_close(model[index](rows), linears[index](rows))
         torch.testing.assert_close(model[index].weight, linears[index].weight)
+
+
+@torch.inference_mode()
+def test_in_tiles_a_row_is_the_same_among_any_others() -> None:
+    """Where they have AMX, processors compute one row in another way than many."""
+    layer = PackedLinear(nn.Linear(640, 2048, bias=False).bfloat16())
+    fix_tiles(nn.ModuleList([layer]))
+    rows = torch.randn(100, 640).bfloat16()
+    alone = torch.cat([layer(row) for row in torch.split(rows, 1)])
+    for count in (1, 5, 16, 33, 100):
+        assert torch.equal(layer(rows[:count]), alone[:count])
+        assert torch.equal(layer(rows[None, -count:]), alone[None, -count:])
+    torch.testing.assert_close(alone, layer.weight.matmul(rows.T).T, rtol=2e-2, atol=2e-2)
+
+
+def test_products_that_depend_on_other_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = PackedLinear._multiply
+    monkeypatch.setattr(PackedLinear, "_multiply", lambda self, x: multiply(self, x) + x.sum())
+    with pytest.raises(UnsupportedModelError, match="8 x 16 depends on the other rows"):
+        fix_tiles(nn.ModuleList([PackedLinear(nn.Linear(16, 8))]))

@@ -28,7 +28,7 @@ from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.head import OutputHead
 from tandem.kernels import fuse_norms
 from tandem.kv_cache import KVCache
-from tandem.packing import can_pack, joinable, pack_linears
+from tandem.packing import can_pack, fix_tiles, joinable, pack_linears
 from tandem.probing import (
     NUM_PROBE_TOKENS,
     check_kernels,
@@ -111,6 +111,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     del groups
     if config.batch_invariant:
         check_linear(model)
+        fix_tiles(model)
     elements_per_token = sum(s.elements_per_token for shapes, _ in probes.values() for s in shapes)
     num_tokens = _cache_tokens(config, model, max_model_len, elements_per_token * dtype.itemsize)
     num_blocks = num_tokens // config.block_size

@@ -1,7 +1,7 @@
 """Linear layers with their weights laid out for oneDNN once, instead of in every product.
 
 On a CPU this makes the product of a few rows cost little more than that of one, which is what a
-verifier pass over drafts lives on, and a row's result doesn't depend on how many rows there are.
+verifier pass over drafts lives on.
 A drafter, whose guesses need not be exact, also gains from reading fewer bytes.
 """
 
@@ -14,7 +14,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from tandem.errors import UnsupportedModelError
 from tandem.kernels import Operators
 from tandem.kernels.operators import linear as in_graph
 
@@ -35,11 +37,12 @@ class PackedLinear(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        self.tile: int | None = None  # rows of each product, which are filled up; any if None
         self._number = -1
 
     def register(self, operators: Operators) -> None:
         """Gives the weights to the operators of a graph that is going to be made."""
-        self._number = operators.add_linear(self.packed, self.bias)
+        self._number = operators.add_linear(self.packed, self.bias, tile=self.tile or 0)
 
     @property
     def weight(self) -> Tensor:
@@ -51,8 +54,39 @@ class PackedLinear(nn.Module):
         """`[..., in_features]` to `[..., out_features]`."""
         if torch.compiler.is_exporting():
             return in_graph(rows, self._number, self.out_features)
+        if self.tile is None:
+            return self._multiply(rows)
+        flat = rows.flatten(0, -2)
+        filled = pad(flat, (0, 0, 0, -len(flat) % self.tile))
+        parts = [self._multiply(part) for part in torch.split(filled, self.tile)]
+        return torch.cat(parts)[: len(flat)].view(*rows.shape[:-1], -1)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
         product: Tensor = _linear(rows, self.packed, self.bias, "none", [], "")
         return product
+
+
+def fix_tiles(model: nn.Module) -> None:
+    """Makes a row's results in packed layers independent of what other rows there are.
+
+    oneDNN may compute many rows in another way than few. So all products get the same number of
+    rows, whatever is in them.
+
+    Raises:
+        UnsupportedModelError: a row's result depends on its place among them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for layer in layers:
+        layer.tile = _ROWS
+    for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
+        rows = torch.randn(_ROWS, layer.in_features, generator=torch.Generator().manual_seed(0))
+        rows = rows.to(layer.packed.dtype)
+        alone = [layer(row) for row in torch.split(rows, 1)]
+        if not torch.equal(layer(rows), torch.cat(alone)):
+            raise UnsupportedModelError(
+                "batch_invariant: on this processor a row's product with a matrix of "
+                f"{layer.out_features} x {layer.in_features} depends on the other rows"
+            )
 
 
 class JoinedLinear(nn.Module):

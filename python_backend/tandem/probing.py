@@ -96,8 +96,7 @@ def check_kernels(dtype: torch.dtype, device: torch.device) -> None:
     where = f"{str(dtype).removeprefix('torch.')} on {device.type}"
     if not can_pack(device, dtype):
         raise ConfigError(
-            "batch_invariant needs oneDNN's products, whose rows don't depend on their number; "
-            f"there are none for {where}"
+            f"batch_invariant needs oneDNN's packed products, and there are none for {where}"
         )
     if attention_kernel(device, dtype) is None:
         raise ConfigError(

@@ -31,17 +31,22 @@ class Operators:
         weight: Tensor,
         bias: Tensor | None = None,
         *,
+        tile: int = 0,
         int8_rows: int = 0,
         int8_weight: Tensor | None = None,
         int8_scale: Tensor | None = None,
     ) -> int:
-        """Takes a layer's weights; the product of up to `int8_rows` rows reads those in 8 bits.
+        """Takes a layer's weights.
+
+        Args:
+            tile: rows of each product, which are filled up with zeros; 0 for any number.
+            int8_rows: the product of up to so many rows reads the weights in 8 bits.
 
         Returns:
             Its number, for `linear`.
         """
         index: int = torch.ops.tandem.add_linear(
-            self._model, weight, bias, int8_rows, int8_weight, int8_scale
+            self._model, weight, bias, tile, int8_rows, int8_weight, int8_scale
         )
         return index
 
