@@ -35,7 +35,7 @@ REQUESTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_verifier_gives_the_same_text(engines, name: str) -> None:
-    """Alone and together, with drafts and without, behind prompts that run uncompiled."""
+    """Alone and together, with drafts and without, beside prompts."""
     expected = plain(engines(name), REQUESTS)
     engine = engines(name, enforce_eager=False)
     assert engine.verifier.compiled is not None

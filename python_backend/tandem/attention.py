@@ -90,7 +90,6 @@ class PackedBatch:
         batch_invariant: bool = False,
     ) -> None:
         self._spans = spans
-        self.num_tokens = sum(span.num_queries for span in spans)
         self._block_size = block_size
         self._dtype = dtype
         self._device = device

@@ -1,4 +1,4 @@
-"""A model's pass over few tokens of each sequence, compiled into one piece.
+"""A model's pass, compiled into one piece.
 
 What the layers of transformers do beside their products is Python and many small operations, which
 take half as long as the products of a small model. So a pass is exported as a graph, in which

@@ -15,10 +15,6 @@ from tandem.kv_cache import KVCache
 from tandem.packed_pass import packed_logits
 from tandem.sequence import ScheduledSequence
 
-# Between the products, a compiled pass computes on one thread: with so many tokens several are
-# worth more than what is saved. But its numbers are others, so the exact mode knows no other pass.
-_MANY_TOKENS = 256
-
 
 @dataclass(frozen=True)
 class VerifierOutput:
@@ -98,9 +94,7 @@ class Verifier:
             self.model.device,
             batch_invariant=self._batch_invariant,
         )
-        if self.compiled is not None and (
-            self._batch_invariant or packed.num_tokens <= _MANY_TOKENS
-        ):
+        if self.compiled is not None:
             states = self.compiled(packed, token_ids, positions, rows)
             return VerifierOutput(states, self.head, None)
         logits = packed_logits(self.model, self.cache, packed, token_ids, positions, rows)
