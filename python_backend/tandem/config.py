@@ -100,7 +100,7 @@ class EngineConfig:
         max_model_len: prompt and output tokens of one sequence; the model's own limit, at most
             4096, when not given.
         max_num_batched_tokens: tokens of one verifier pass; longer prompts are prefilled in chunks.
-        max_prefill_slowdown: how many times as long a step may take because a prompt is computed
+        max_prefill_slowdown: how many times as long steps may take because a prompt is computed
             beside sequences that decode, by the costs that an adaptive lookahead measures.
         block_size: tokens in one block of the KV cache.
         enable_prefix_caching: whether requests that begin alike share the K/V of their beginning.

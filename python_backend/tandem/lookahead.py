@@ -31,8 +31,10 @@ _MAX_DELAY = 2.0
 _PROBE_AFTER = 32
 _PROBE_SEQUENCES = 4
 _PROBE_GUESSES = 1
-# So much is used of what a prompt may cost others: predictions scatter.
+# So much is used of what a prompt may cost others: predictions scatter. What steps left unused may
+# be used at once, of so many steps at most: short prompts are not worth cutting.
 _CAUTION = 0.9
+_MAX_SAVED_STEPS = 8.0
 # The share of a pass that doesn't count.
 _NOTHING = 0.01
 
@@ -114,10 +116,12 @@ class AdaptiveLookahead(Lookahead):
         """Starts with what was measured.
 
         Args:
-            max_prefill_slowdown: how many times as long a step may take for the sake of prompts.
+            max_prefill_slowdown: how many times as long steps may take for the sake of prompts, on
+                the average of several.
         """
         self.costs = costs
         self._max_prefill_slowdown = max_prefill_slowdown
+        self._saved_steps = _MAX_SAVED_STEPS
         self.estimates = Estimates()
         self._advantage = _Advantage()
         self._plan = Plan(1, 1, frozenset())
@@ -133,10 +137,15 @@ class AdaptiveLookahead(Lookahead):
         """See `Lookahead.max_prompt_tokens`."""
         if num_decoding == 0:
             return None
-        alone = self.costs.verify(num_decoding, num_decoding) + self.costs.rest
-        token = self.costs.verify(num_decoding, num_decoding, 1) + self.costs.rest - alone
-        spare = _CAUTION * (self._max_prefill_slowdown - 1) * alone
+        spare = (1 + self._saved_steps) * self._allowance(num_decoding)
+        token = self.costs.verify(num_decoding, num_decoding, 1)
+        token -= self.costs.verify(num_decoding, num_decoding)
         return None if token <= 0 else max(1, int(spare / token))
+
+    def _allowance(self, num_decoding: int) -> float:
+        """Seconds that prompts may take of a step in which so many sequences decode."""
+        alone = self.costs.verify(num_decoding, num_decoding) + self.costs.rest
+        return _CAUTION * (self._max_prefill_slowdown - 1) * alone
 
     def plan(self, batch: Items[ScheduledSequence]) -> None:
         """See `Lookahead.plan`."""
@@ -278,9 +287,14 @@ class AdaptiveLookahead(Lookahead):
                 )
         base = self._base
         rows = base.num_rows + sum(s.num_draft_tokens for s in batch)
-        self.costs.observe_verify(
-            rows, base.num_sequences, base.num_prompt_tokens, seconds["verify"] + seconds["accept"]
-        )
+        verify = seconds["verify"] + seconds["accept"]
+        num_decoding = sum(s.sequence.is_decoding for s in batch)
+        used = 0.0
+        if base.num_prompt_tokens > 0 and num_decoding > 0:
+            beside = verify - self.costs.verify(rows, base.num_sequences)
+            used = beside / self._allowance(num_decoding)
+        self._saved_steps = min(max(self._saved_steps + 1 - used, -1.0), _MAX_SAVED_STEPS)
+        self.costs.observe_verify(rows, base.num_sequences, base.num_prompt_tokens, verify)
         self.costs.observe_rest(seconds["schedule"] + seconds["commit"])
         if base.num_prompt_tokens == 0:
             took = sum(seconds.values())
