@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from triton_server import TritonServer
 
 PART = "triton"
 _LOGS = ROOT / ".bench"
+# perf_analyzer 2.51 now and then ends before its profile is written to the end.
+_ATTEMPTS = 5
 _ENGINE, _TRITON = "engine alone", "through Triton"
 
 
@@ -64,7 +67,13 @@ def run(settings: Settings) -> None:
                 traces, surroundings = undisturbed(work)
                 first = min(trace.sent for trace in traces)
                 seconds = max(trace.times[-1] for trace in traces) - first
-                return {**summary(traces, seconds), **surroundings}
+                # perf_analyzer doesn't always keep as many in flight as it is told to.
+                in_flight = sum(trace.times[-1] - trace.sent for trace in traces) / seconds
+                return {
+                    **summary(traces, seconds),
+                    "mean_in_flight": round(in_flight, 2),
+                    **surroundings,
+                }
 
             for way in (_ENGINE, _TRITON):
                 for drafter in settings.drafters:
@@ -139,11 +148,15 @@ def perf_analyzer(
     command += ["-i", "grpc", "--streaming", "--async", "--input-data", str(inputs)]
     command += ["--concurrency-range", str(concurrency), "--request-count", str(len(prompts))]
     command += ["--profile-export-file", str(export)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not export.exists():
-        raise WorkerError(f"perf_analyzer failed: {done.stdout[-1500:]}{done.stderr[-1500:]}")
-    requests = json.loads(export.read_text(encoding="utf-8"))["experiments"][0]["requests"]
-    return [_trace(request, settings.max_tokens) for request in requests]
+    for _ in range(_ATTEMPTS):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not export.exists():
+            raise WorkerError(f"perf_analyzer failed: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+        with suppress(json.JSONDecodeError):
+            profile = json.loads(export.read_text(encoding="utf-8"))
+            requests = profile["experiments"][0]["requests"]
+            return [_trace(request, settings.max_tokens) for request in requests]
+    raise WorkerError(f"perf_analyzer left {_ATTEMPTS} profiles unfinished")
 
 
 def _trace(request: dict[str, Any], num_tokens: int) -> Trace:
