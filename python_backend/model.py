@@ -1,9 +1,9 @@
 """Tandem as a Triton backend: requests become sequences, and what a step adds, responses.
 
 `execute()` blocks while the engine is full, which leaves the surplus in Triton's queue, where its
-limits, timeouts and priorities act. Then it returns a coroutine, which has one thread step the
-engine, with all that runs in it, until its own requests are done. All responses leave from another
-thread, so that sending never holds up a step.
+limits, timeouts and priorities act. Then it returns a coroutine, which steps the engine for all
+running sequences until its own requests are done. All responses leave from one thread, so that
+sending never holds up a step.
 """
 
 from __future__ import annotations
@@ -67,13 +67,12 @@ class TritonPythonModel:
         self._metrics = MetricsExporter(self._engine, args)
         self._drain = Drain(self._parameter(args, "drain_seconds", _DRAIN_SECONDS))
         self._stopped: EngineStoppedError | None = None
-        self._stop_asked: EngineStoppedError | None = None
+        self._turn = asyncio.Lock()
         self._room = threading.Condition()
         self._requests: dict[Sequence, Request] = {}
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._shutdown_signal = ShutdownSignal()
         self._closing = False
-        self._num_calls = 0
         self._num_failures = 0
         self._step_began_at: float | None = None
         self._watched_at = time.monotonic()
@@ -127,8 +126,6 @@ class TritonPythonModel:
         """Waits for room, queues the requests, and returns what runs them to their end."""
         arrived = {Request(request, self._metrics): request for request in requests}
         self._wait_for_room(arrived)
-        with self._room:
-            self._num_calls += 1
         return self._run([s for pair in arrived.items() for s in self._admit(*pair)])
 
     def _wait_for_room(self, arrived: dict[Request, Any]) -> None:
@@ -185,10 +182,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Ends what still runs with an error, sends it, and stops the threads."""
-        self._end_all()
-        # The loop that they run on is about to end.
-        with self._room:
-            self._room.wait_for(lambda: self._num_calls == 0, _DRAIN_SECONDS)
+        self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
         self._stepper.shutdown()
         self._closing = True
         self._outbox.put(None)
@@ -200,22 +194,12 @@ class TritonPythonModel:
     # --- on the event loop, and the thread that steps
 
     async def _run(self, sequences: list[Sequence]) -> None:
-        """Waits until `sequences` are done, and the calls before this one."""
+        """Takes turns with the other calls in stepping the engine, until `sequences` are done."""
         loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._stepper, self._finish, sequences)
-        finally:
-            with self._room:
-                self._num_calls -= 1
-                self._room.notify_all()
-
-    def _finish(self, sequences: list[Sequence]) -> None:
-        """Steps the engine, with all that runs in it, until `sequences` are done."""
         while not all(sequence.is_finished for sequence in sequences):
-            if self._stop_asked is None:
-                self._step()
-            else:
-                self._stop(self._stop_asked)
+            async with self._turn:
+                if not all(sequence.is_finished for sequence in sequences):
+                    await loop.run_in_executor(self._stepper, self._step)
 
     def _step(self) -> None:
         self._step_began_at = time.monotonic()
@@ -233,11 +217,6 @@ class TritonPythonModel:
             self._num_failures = 0
             self._hand_out(deltas)
         self._step_began_at = None
-
-    def _end_all(self) -> None:
-        """Has the stepping thread end all requests, as the server is shutting down."""
-        self._stop_asked = _SHUTTING_DOWN
-        self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
 
     def _stop(self, error: EngineStoppedError) -> None:
         """Takes no more requests and ends the running ones; no step may be running."""
@@ -275,7 +254,7 @@ class TritonPythonModel:
                     self._stopped = self._stopped or _SHUTTING_DOWN
             self._drain.observe(busy=bool(self._requests))
             if self._drain.is_over and self._requests:
-                self._end_all()
+                self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
             self._end_cancelled()
             self._metrics.update(alive=not self._not_live())
 
