@@ -38,7 +38,6 @@ from tandem_triton.metrics import MetricsExporter
 from tandem_triton.request import Request
 from tandem_triton.shutdown import Drain
 from tandem_triton.signals import ShutdownSignal
-from tandem_triton.turns import take_long_turns
 
 logger = logging.getLogger("tandem")
 
@@ -60,7 +59,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the engine from the version directory's `model.json` and starts the threads."""
         log_to_server()
-        self._stepper = ThreadPoolExecutor(1, "tandem-step", take_long_turns)
+        self._stepper = ThreadPoolExecutor(1, "tandem-step")
         # OpenMP keeps a team for each thread that ever computed, and where there are more of their
         # threads than cores, they sleep after every product instead of waiting for the next.
         self._engine = self._stepper.submit(self._load_engine, args).result()
