@@ -210,7 +210,9 @@ def test_the_sampled_law_is_the_verifiers(engines: Any, tiny: TinyModels, drafte
     if rest > 1e-6:
         counts.append(num_seeds - sum(counts))
         chances.append(rest)
-    assert stats.chisquare(counts, chances).pvalue > 1e-3
+    # Chances in float32 may add up to a little more than 1.
+    scale = sum(counts) / sum(chances)
+    assert stats.chisquare(counts, [scale * chance for chance in chances]).pvalue > 1e-3
 
 
 def test_each_seed_and_position_has_noise_of_its_own() -> None:
