@@ -22,6 +22,9 @@ LOG_DIRECTORY = TRITON / "log"
 # How long the server lets running requests finish once it was asked to stop.
 EXIT_TIMEOUT_SECONDS = 10
 _POLL_SECONDS = 0.1
+# How often a thread of OpenMP looks for the next product before it sleeps: a fraction of a
+# millisecond. By default it is many, in which it holds up whatever else runs on its core.
+_SPIN_COUNT = "5000"
 _LOG_LINES = 30
 # A configuration that doesn't parse, a model that doesn't load, and the server's own last words.
 _FAILURES = re.compile(
@@ -273,6 +276,7 @@ def _environment() -> dict[str, str]:
     """The environment in which the stub finds the packages and the library of this Python."""
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     if not in_container():
         folders = [TRITON / "lib", libpython_directory(), os.environ.get("LD_LIBRARY_PATH")]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(str(f) for f in folders if f)

@@ -93,7 +93,7 @@ class PackedBatch:
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
-        self.causal = causal
+        self._causal = causal
         self.kernel: AttentionKernel | None = attention_kernel(device, dtype)
         assert self.kernel is not None or not batch_invariant
         self._too_many = math.inf if batch_invariant else _MANY_QUERIES
@@ -158,7 +158,7 @@ class PackedBatch:
                 if self._uses_kernel(span):
                     for offset in range(span.num_queries):
                         stop = span.kv_len
-                        if self.causal:
+                        if self._causal:
                             stop += offset + 1 - span.num_queries
                         first = self._first_key(stop, window)
                         queries.append((row + offset, len(tables), first, stop))
@@ -179,7 +179,7 @@ class PackedBatch:
                     continue
                 for part in self._parts(span):
                     queries = slice(start, start + part.num_queries)
-                    earliest = part.kv_len - part.num_queries + 1 if self.causal else part.kv_len
+                    earliest = part.kv_len - part.num_queries + 1 if self._causal else part.kv_len
                     first = self._first_key(earliest, window)
                     mask = self._mask(part, first, window, num_groups)
                     reads.append(_Read(queries, self._runs(part, first), mask))
@@ -205,7 +205,7 @@ class PackedBatch:
         if window is None:
             return 0
         # transformers' bidirectional window, which Gemma 4's assistants use, includes both ends.
-        return max(0, stop - window if self.causal else stop - window - 1)
+        return max(0, stop - window if self._causal else stop - window - 1)
 
     def _runs(self, span: Span, first: int) -> tuple[slice, ...]:
         """The slots of tokens `first` to `kv_len`, as few contiguous runs as there are."""
@@ -222,7 +222,7 @@ class PackedBatch:
         return tuple(runs)
 
     def _mask(self, span: Span, first: int, window: int | None, num_groups: int) -> Tensor | None:
-        if not self.causal or span.num_queries == 1:
+        if not self._causal or span.num_queries == 1:
             return None
         keys = torch.arange(first, span.kv_len, device=self._device)
         queries = torch.arange(

@@ -1,8 +1,8 @@
 """Linear layers with their weights laid out for oneDNN once, instead of in every product.
 
 On a CPU this makes the product of a few rows cost little more than that of one, which is what a
-verifier pass over drafts lives on.
-A drafter, whose guesses need not be exact, also gains from reading fewer bytes.
+verifier pass over drafts lives on. A drafter, whose guesses need not be exact, also gains from
+reading fewer bytes.
 """
 
 from __future__ import annotations
