@@ -2,8 +2,7 @@
 
 `execute()` blocks while the engine is full, which leaves the surplus in Triton's queue, where its
 limits, timeouts and priorities act. Then it returns a coroutine, which steps the engine for all
-running sequences until its own requests are done. All responses leave from one thread, so that
-sending never holds up a step.
+running sequences until its own requests are done. See `Outbox` for how responses leave.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -32,9 +29,11 @@ from tandem import (
     StepError,
     TandemError,
 )
+from tandem.machine import has_spare_cores
 from tandem_triton.health import HealthServer
 from tandem_triton.log import log_to_server
 from tandem_triton.metrics import MetricsExporter
+from tandem_triton.outbox import Outbox
 from tandem_triton.request import Request
 from tandem_triton.shutdown import Drain
 from tandem_triton.signals import ShutdownSignal
@@ -45,7 +44,10 @@ logger = logging.getLogger("tandem")
 # holds, and waits 5 s for the answer.
 _MAX_BLOCK_SECONDS = 3.0
 _WATCH_SECONDS = 0.05
+# Every series that has changed is a message to the server.
+_METRICS_SECONDS = 0.5
 _DRAIN_SECONDS = 5.0
+_TURN_SECONDS = 0.1
 # A step, or the watching thread, that takes longer counts as hanging for good.
 _HANG_SECONDS = 120.0
 # Steps that fail one after the other before the engine counts as broken.
@@ -69,17 +71,19 @@ class TritonPythonModel:
         self._turn = asyncio.Lock()
         self._room = threading.Condition()
         self._requests: dict[Sequence, Request] = {}
-        self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._outbox = Outbox()
+        device = self._engine.verifier.model.device
+        self._sends_between_steps = device.type == "cpu" and not has_spare_cores()
         self._shutdown_signal = ShutdownSignal()
         self._closing = False
         self._num_failures = 0
         self._step_began_at: float | None = None
         self._watched_at = time.monotonic()
         self._health = self._open_health(int(self._parameter(args, "health_port", 0)))
-        self._threads = [
-            threading.Thread(target=work, name=name, daemon=True)
-            for name, work in (("tandem-send", self._send), ("tandem-watch", self._watch))
-        ]
+        self._threads = [threading.Thread(target=self._watch, name="tandem-watch", daemon=True)]
+        if not self._sends_between_steps:
+            sender = threading.Thread(target=self._outbox.run, name="tandem-send", daemon=True)
+            self._threads.append(sender)
         for thread in self._threads:
             thread.start()
 
@@ -137,7 +141,7 @@ class TritonPythonModel:
                 self._room.wait(_WATCH_SECONDS)
                 for request in list(arrived):
                     if (reason := request.reason_to_end()) is not None:
-                        self._outbox.put(partial(request.fail, reason))
+                        request.fail(reason)
                         del arrived[request]
 
     def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
@@ -148,12 +152,12 @@ class TritonPythonModel:
                     raise self._stopped
                 self._requests.update(dict.fromkeys(sequences, request))
         except TandemError as error:
-            self._outbox.put(partial(request.fail, error))
+            request.fail(error)
             return []
         except Exception as error:
             # No input may harm the other requests of the call.
             logger.exception("a request could not be read")
-            self._outbox.put(partial(request.fail, TandemError(f"internal error: {error!r}")))
+            request.fail(TandemError(f"internal error: {error!r}"))
             return []
         for sequence in sequences:
             self._engine.add(sequence)
@@ -184,7 +188,7 @@ class TritonPythonModel:
         self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
         self._stepper.shutdown()
         self._closing = True
-        self._outbox.put(None)
+        self._outbox.close()
         for thread in self._threads:
             thread.join()
         if self._health is not None:
@@ -198,10 +202,18 @@ class TritonPythonModel:
         while not all(sequence.is_finished for sequence in sequences):
             async with self._turn:
                 if not all(sequence.is_finished for sequence in sequences):
-                    await loop.run_in_executor(self._stepper, self._step)
+                    await loop.run_in_executor(self._stepper, self._take_turn)
 
-    def _step(self) -> None:
-        self._step_began_at = time.monotonic()
+    def _take_turn(self) -> None:
+        """Steps until a sequence ends, or for a short while: the event loop takes its time."""
+        until = time.monotonic() + _TURN_SECONDS
+        while self._step() and time.monotonic() < until:
+            pass
+
+    def _step(self) -> bool:
+        """Whether the same sequences go on."""
+        self._step_began_at = began_at = time.monotonic()
+        goes_on = False
         try:
             deltas = self._engine.step()
         except Exception as error:
@@ -214,8 +226,10 @@ class TritonPythonModel:
                 self._stop(EngineStoppedError(f"the engine failed in a step: {error!r}"))
         else:
             self._num_failures = 0
-            self._hand_out(deltas)
+            self._hand_out(deltas, time.monotonic() - began_at)
+            goes_on = not any(delta.finish_reason for delta in deltas)
         self._step_began_at = None
+        return goes_on
 
     def _stop(self, error: EngineStoppedError) -> None:
         """Takes no more requests and ends the running ones; no step may be running."""
@@ -223,29 +237,24 @@ class TritonPythonModel:
             self._stopped = error
         self._hand_out(self._engine.abort(error))
 
-    def _hand_out(self, deltas: list[Delta]) -> None:
+    def _hand_out(self, deltas: list[Delta], seconds: float = 0.0) -> None:
         with self._room:
             for delta in deltas:
                 request = self._requests[delta.sequence]
                 if delta.finish_reason is not None:
                     del self._requests[delta.sequence]
-                self._outbox.put(partial(request.deliver, delta, self._engine))
+                self._outbox.put(request, delta)
             self._room.notify_all()
+        if self._sends_between_steps:
+            self._outbox.send_due(seconds)
 
     # --- on threads of their own
 
-    def _send(self) -> None:
-        """Works off the outbox; a response that can't be sent harms no other."""
-        while (send := self._outbox.get()) is not None:
-            try:
-                send()
-            except Exception:
-                logger.exception("a response could not be sent")
-
     def _watch(self) -> None:
         """Looks for clients that went away and for a shutdown, and keeps the metrics up to date."""
+        shown_at = 0.0
         while not self._closing:
-            self._watched_at = time.monotonic()
+            self._watched_at = now = time.monotonic()
             if self._shutdown_signal.wait(_WATCH_SECONDS):
                 self._drain.start()
                 # Unlike a balancer, whoever sends a signal sends nothing after it.
@@ -255,7 +264,9 @@ class TritonPythonModel:
             if self._drain.is_over and self._requests:
                 self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
             self._end_cancelled()
-            self._metrics.update(alive=not self._not_live())
+            if now - shown_at > _METRICS_SECONDS:
+                shown_at = now
+                self._metrics.update(alive=not self._not_live())
 
     def _end_cancelled(self) -> None:
         with self._room:

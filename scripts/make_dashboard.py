@@ -155,7 +155,7 @@ ROWS = {
             "Means, by phase.",
             "s",
             {
-                "{{phase}}": _rate("step_seconds_sum", "phase")
+                "{{phase}}": _rate("step_seconds_total", "phase")
                 + " / on () group_left "
                 + _rate("engine_steps_total")
             },

@@ -24,7 +24,7 @@ EXIT_TIMEOUT_SECONDS = 10
 _POLL_SECONDS = 0.1
 # How often a thread of OpenMP looks for the next product before it sleeps: a fraction of a
 # millisecond. By default it is many, in which it holds up whatever else runs on its core.
-_SPIN_COUNT = "5000"
+_SPIN_COUNT = "20000"
 _LOG_LINES = 30
 # A configuration that doesn't parse, a model that doesn't load, and the server's own last words.
 _FAILURES = re.compile(

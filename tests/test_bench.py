@@ -35,6 +35,17 @@ def test_latencies_come_from_when_tokens_came() -> None:
     assert found["tpot_ms"]["p50"] == 625
 
 
+def test_throughput_is_that_while_new_requests_came() -> None:
+    """Two slots: the last request is sent at 4, when the third has brought half of its tokens."""
+    traces = [
+        Trace(sent, [first, last], [1, 9], [])
+        for sent, first, last in ((0, 1, 3), (0, 1, 4), (3, 3, 5), (4, 5, 9))
+    ]
+    found = figures.sustained(traces)
+    assert found == {"tokens_per_second": 25 / 4, "mean_in_flight": 2.0}
+    assert figures.sustained(traces[:2]) == {"tokens_per_second": 5.0, "mean_in_flight": 1.75}
+
+
 def test_percentiles_lie_between_neighbours() -> None:
     assert figures.percentile([4, 1, 3, 2], 50) == 2.5
     assert figures.percentile([1, 2], 95) == pytest.approx(1.95)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +163,22 @@ def test_a_compiler_that_fails_is_no_error(
         in caplog.text
     )
     assert engine.verifier.compiled is None
+
+
+@pytest.mark.slow
+def test_compiling_needs_no_locale(tiny: TinyModels, tmp_path: Path) -> None:
+    """As in a server, whose interpreter takes files for ASCII where no locale is set."""
+    code = (
+        "import sys\n"
+        "from tandem import Engine, EngineConfig\n"
+        "engine = Engine(EngineConfig(verifier=sys.argv[1], device='cpu'))\n"
+        "assert engine.verifier.compiled is not None\n"
+    )
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path),
+        **{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    }
+    command = [sys.executable, "-c", code, str(tiny.verifier("llama"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

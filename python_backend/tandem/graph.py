@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import locale
 import logging
 import tempfile
 import time
@@ -172,7 +173,7 @@ def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
     varying = tuple({int(x.shape[0] == 1): torch.export.Dim.DYNAMIC} for x in inputs)
     program = torch.export.export(module, tuple(inputs), dynamic_shapes=(varying,), strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory, _utf8_files():
         made = Path(directory) / path.name
         torch._inductor.aoti_compile_and_package(
             program,
@@ -185,6 +186,17 @@ def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
         # Another engine may be at the same; the last to end leaves its own.
         made.replace(path)
     logger.info("compiled in %.1f s", time.monotonic() - started)
+
+
+@contextmanager
+def _utf8_files() -> Iterator[None]:
+    """The compiler reads its own files as the locale says, which is ASCII where none is set."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 class GraphBatch:

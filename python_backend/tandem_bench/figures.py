@@ -76,6 +76,30 @@ def summary(traces: Items[Trace], seconds: float) -> dict[str, Any]:
     }
 
 
+def sustained(traces: Items[Trace]) -> dict[str, float]:
+    """Throughput and requests in flight until the last request was sent.
+
+    Afterwards there are fewer and fewer in flight, unless all end at once, as they do in a loop
+    that begins them at once. Tokens count as spread evenly between a request's first and last.
+    """
+    start, end = min(trace.sent for trace in traces), max(trace.sent for trace in traces)
+    if end == start:
+        end = max(trace.times[-1] for trace in traces)
+    num_tokens = in_flight = 0.0
+    for trace in traces:
+        first, last = trace.times[0], trace.times[-1]
+        in_flight += min(last, end) - trace.sent
+        if last <= end:
+            num_tokens += trace.num_tokens
+        elif first < end:
+            num_tokens += trace.num_tokens * (end - first) / (last - first)
+    seconds = end - start
+    return {
+        "tokens_per_second": round(num_tokens / seconds, 2),
+        "mean_in_flight": round(in_flight / seconds, 2),
+    }
+
+
 def median(values: Items[float]) -> float:
     """The median of several rounds."""
     return statistics.median(values)

@@ -1,7 +1,7 @@
 """The same load through Triton and gRPC, sent by NVIDIA's perf_analyzer, against the engine alone.
 
 Server and engine are both loaded and are measured in turns. perf_analyzer keeps `concurrency`
-requests in flight; the first ones of a run warm the connection up and are left out.
+requests in flight, or so it should. Throughput is that while new requests came.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tandem_bench.figures import Trace, summary
+from tandem_bench.figures import Trace, summary, sustained
 from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar, turned
 from tandem_bench.worker import Worker, WorkerError
@@ -28,6 +28,8 @@ PART = "triton"
 _LOGS = ROOT / ".bench"
 # perf_analyzer 2.51 now and then ends before its profile is written to the end.
 _ATTEMPTS = 5
+# Requests are a multiple of those in flight.
+_WAVES = 4
 _ENGINE, _TRITON = "engine alone", "through Triton"
 
 
@@ -55,8 +57,9 @@ def run(settings: Settings) -> None:
             TritonServer(repository, log_file=_LOGS / "triton.log") as server,
         ):
 
-            def measure(way: str, drafter: str, concurrency: int) -> dict[str, Any]:
-                load = repeat_to_fill(prompts, concurrency)
+            def measure(
+                load: list[list[int]], way: str, drafter: str, concurrency: int
+            ) -> dict[str, Any]:
                 work = (
                     partial(_alone, engine, load, drafter, concurrency, settings)
                     if way == _ENGINE
@@ -65,24 +68,18 @@ def run(settings: Settings) -> None:
                     )
                 )
                 traces, surroundings = undisturbed(work)
-                first = min(trace.sent for trace in traces)
-                seconds = max(trace.times[-1] for trace in traces) - first
-                # perf_analyzer doesn't always keep as many in flight as it is told to.
-                in_flight = sum(trace.times[-1] - trace.sent for trace in traces) / seconds
-                return {
-                    **summary(traces, seconds),
-                    "mean_in_flight": round(in_flight, 2),
-                    **surroundings,
-                }
+                seconds = max(t.times[-1] for t in traces) - min(t.sent for t in traces)
+                return {**summary(traces, seconds), **sustained(traces), **surroundings}
 
             for way in (_ENGINE, _TRITON):
                 for drafter in settings.drafters:
                     shown.say(f"warming up {way}, {drafter}")
-                    measure(way, drafter, min(2, max(settings.concurrencies)))
+                    measure(prompts[:4], way, drafter, 1)
             for way, drafter, concurrency, number in todo:
                 shown.say(f"{way}, {drafter}, concurrency {concurrency}, round {number + 1}")
                 name = key(way, drafter, concurrency, number)
-                results.put(name, measure(way, drafter, concurrency))
+                load = repeat_to_fill(prompts, _WAVES * concurrency)
+                results.put(name, measure(load, way, drafter, concurrency))
                 shown.advance()
 
 

@@ -29,6 +29,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._admitted_at = time.monotonic()
         self._first_token_at: float | None = None
+        self._last_token_at: float | None = None
         self._accepted_text_length = 0
         self._counts: Counter[str] = Counter()  # since the last response, by output
         self._token_ids: list[int] = []
@@ -37,10 +38,11 @@ class Choice:
         self._new_logprobs: list[float] = []
         self._cumulative_logprob = 0.0
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta, time_of_step: float) -> None:
         """Adds what a step brought."""
         if self._first_token_at is None:
-            self._first_token_at = time.monotonic()
+            self._first_token_at = time_of_step
+        self._last_token_at = time_of_step
         self.ended = delta.finish_reason is not None
         split = delta.num_accepted_tokens
         shown = shown_ids(self._sequence, delta.token_ids) if self.ended else delta.token_ids
@@ -128,7 +130,7 @@ class Choice:
             "arrival_time_ns": _nanoseconds(self._admitted_at),
             "first_scheduled_time_ns": _nanoseconds(sequence.started_at),
             "first_token_time_ns": _nanoseconds(self._first_token_at),
-            "last_token_time_ns": _nanoseconds(time.monotonic()),
+            "last_token_time_ns": _nanoseconds(self._last_token_at),
         }
 
     def _totals(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ _DESCRIPTIONS = {
     "time_per_output_token_seconds": "Time for each token after the first",
     "request_queue_time_seconds": "From admission to the first step",
     "e2e_request_latency_seconds": "From admission to the end",
-    "step_seconds": "Time of a step's phase",
+    "step_seconds_total": "Time of the steps by phase",
 }
 _BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
 
@@ -73,6 +73,7 @@ class MetricsExporter:
         self._shown: dict[tuple[str, ...], float] = {}
         self._events: SimpleQueue[tuple[str, float, dict[str, str]]] = SimpleQueue()
         self._windows: dict[str, deque[_Snapshot]] = {}
+        self._seconds: dict[str, float] = {}  # of all steps, by phase
         self._off = False
 
     def observe(self, name: str, value: float, **labels: str) -> None:
@@ -104,10 +105,6 @@ class MetricsExporter:
             self._off = True
 
     def _send_events(self) -> None:
-        phases = self._engine.stats.phases
-        while phases:
-            phase, seconds = phases.popleft()
-            self.observe("step_seconds", seconds, phase=phase)
         while True:
             try:
                 name, value, labels = self._events.get_nowait()
@@ -123,6 +120,11 @@ class MetricsExporter:
     def _show_engine(self) -> None:
         stats, load = self._engine.stats, self._engine.load
         self._show("engine_steps_total", stats.num_steps)
+        while stats.phases:
+            phase, seconds = stats.phases.popleft()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        for phase, seconds in self._seconds.items():
+            self._show("step_seconds_total", seconds, phase=phase)
         self._show("prompt_tokens_total", stats.num_prompt_tokens)
         self._show("generation_tokens_total", stats.num_generation_tokens)
         self._show("prefix_cache_queries_total", stats.num_prefix_cache_queries)

@@ -32,6 +32,8 @@ logger = logging.getLogger("tandem")
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MAX_SEED = 2**64 - 1
+# Whether a client is gone, the server must be asked.
+_ASK_SECONDS = 0.1
 
 
 class Request:
@@ -46,7 +48,7 @@ class Request:
         self._choices: dict[Sequence, Choice] = {}
         timeout = request.timeout()  # microseconds, 0 for none
         self._deadline = arrived_at + timeout / 1e6 if timeout else float("inf")
-        self._arrived_at = arrived_at
+        self._arrived_at = self._asked_at = arrived_at
         self._id = request.request_id()
         self._trace_id = trace_id(request)
 
@@ -57,6 +59,7 @@ class Request:
             InvalidRequestError: naming the input or parameter.
         """
         assert engine.tokenizer is not None
+        self._engine = engine
         self._options = options = _options(request)
         prompt = read_prompt(request, engine.tokenizer)
         params = with_bias(options.params, _word_bias(options, engine.tokenizer))
@@ -83,8 +86,12 @@ class Request:
 
     def reason_to_end(self) -> TandemError | None:
         """Why the request should be given up: its client is gone, or its time is over."""
-        if time.monotonic() > self._deadline:
+        now = time.monotonic()
+        if now > self._deadline:
             return DeadlineExceededError("the request's timeout passed before it was done")
+        if now - self._asked_at < _ASK_SECONDS:
+            return None
+        self._asked_at = now
         with self._lock:
             # Asking after the last response would crash the server.
             if not self._done and self._sender.is_cancelled():
@@ -103,29 +110,39 @@ class Request:
         self._send(pb_utils.InferenceResponse(error=triton_error), _FINAL)
         self._log_end(reason, error=str(error))
 
-    def deliver(self, delta: Delta, engine: Engine) -> None:
-        """Adds what a step brought and sends what is ready.
+    @property
+    def streams(self) -> bool:
+        """Whether it gets responses before its end."""
+        return self._options.stream
 
-        With `stream`, that is each step's text; without, all sequences once the last has ended. An
+    def deliver(self, news: Items[tuple[float, Delta]]) -> None:
+        """Adds what steps brought to one of the sequences and sends what is ready.
+
+        With `stream`, that is the new text; without, all sequences once the last has ended. An
         error of one sequence ends the others.
+
+        Args:
+            news: each with its time (`time.monotonic`).
         """
         if self._done:
             return
-        if delta.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
-            assert delta.sequence.error is not None
-            self.fail(delta.sequence.error)
-            for sequence in self._choices:
-                engine.cancel(sequence)
-            return
-        choice = self._choices[delta.sequence]
-        choice.add(delta)
-        if delta.finish_reason is not None:
+        sequence, reason = news[-1][1].sequence, news[-1][1].finish_reason
+        has_failed = reason in (FinishReason.CANCELLED, FinishReason.ERROR)
+        choice = self._choices[sequence]
+        for time_of_step, delta in news[:-1] if has_failed else news:
+            choice.add(delta, time_of_step)
+        if reason is not None and not has_failed:
             choice.observe(self._metrics)
         is_last = all(each.ended for each in self._choices.values())
         if self._options.stream and (choice.text or choice.ended):
             self._respond([choice], is_last)
         elif is_last:
             self._respond(list(self._choices.values()), is_last)
+        if has_failed:
+            assert sequence.error is not None
+            self.fail(sequence.error)
+            for each in self._choices:
+                self._engine.cancel(each)
 
     def _respond(self, choices: list[Choice], is_last: bool) -> None:
         columns: dict[str, list[Any]] = {}

@@ -148,10 +148,11 @@ def test_32_clients_against_8_slots_share_steps(server: TritonServer, engine: En
 
 def test_a_full_queue_refuses_and_nothing_hangs(server: TritonServer, engine: Engine) -> None:
     options = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
-    expected = offline(engine, "busy", **options)[0]
+    long = options | {"max_tokens": 3000}
+    expected = {offline(engine, "busy", **each)[0] for each in (options, long)}
     with Stream(server, "short_queue") as running, Stream(server, "short_queue") as late:
         for number in range(8):
-            running.send(str(number), "busy", **options)
+            running.send(str(number), "busy", **long)
             wait_until(partial(is_running, server, "short_queue", number + 1))
         for number in range(32):
             late.send(str(number), "busy", **options)
@@ -162,7 +163,7 @@ def test_a_full_queue_refuses_and_nothing_hangs(server: TritonServer, engine: En
     served = [r for r in responses if not r.error]
     assert len(refused) + len(served) == 40
     assert all("maximum queue size" in r.error for r in refused)
-    assert all(r.text == expected for r in served)
+    assert {r.text for r in served} == expected
     # The slots, the queue, and what execute() holds while it waits for room.
     assert not any(waiting)
     assert 8 + 4 <= len(served) <= 8 + 4 + 8

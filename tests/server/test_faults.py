@@ -237,7 +237,7 @@ def test_clients_killed_in_every_state(server: TritonServer, engine: Engine) -> 
 
 
 def test_a_cancelled_request_ends_within_200_ms(server: TritonServer) -> None:
-    """Decoding, and waiting for one of the eight slots; the metrics lag 50 ms behind."""
+    """Decoding, and waiting for one of the eight slots; the metrics lag half a second behind."""
     endless = {"max_tokens": 12000, "ignore_eos": True}
     streams = [Stream(server) for _ in range(9)]
     for number, stream in enumerate(streams):

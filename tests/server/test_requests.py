@@ -318,7 +318,7 @@ def test_the_outputs_agree_with_each_other(
 
 def test_times_and_blocks_on_request(server: TritonServer) -> None:
     names = [name for name in declared("output") if name.endswith("_time_ns")]
-    values = {**COMMON, "text_input": 4 * PROMPT}
+    values = {**COMMON, "text_input": 4 * PROMPT, "max_tokens": 600, "ignore_eos": True}
     (response,) = ask(server, **values)
     assert not set(names) & set(response)
     *others, response = ask(server, return_perf_metrics=True, stream=True, **values)
@@ -490,5 +490,4 @@ def test_latencies_are_counted_by_request(server: TritonServer) -> None:
     ask(server, n=2, **COMMON)
     # Those of requests before it may still come in.
     wait_until(lambda: all(n >= old + 2 for n, old in zip(counts(), before, strict=True)))
-    steps = metric(server, "engine_steps_total")
-    wait_until(lambda: metric(server, "step_seconds_count") >= 5 * steps)
+    wait_until(lambda: metric(server, "step_seconds_total") > 0)
