@@ -33,7 +33,7 @@ COPY scripts/fetch_models.py /opt/tandem/scripts/
 # GOMP_SPINCOUNT: as in scripts/triton_server.py.
 ENV PYTHONPATH=/opt/tandem/packages \
     PYTHONDONTWRITEBYTECODE=1 \
-    GOMP_SPINCOUNT=5000 \
+    GOMP_SPINCOUNT=20000 \
     HOME=/tmp
 # With a name, for libraries that ask for it.
 RUN useradd --uid 10001 --no-create-home tandem

@@ -22,9 +22,11 @@ LOG_DIRECTORY = TRITON / "log"
 # How long the server lets running requests finish once it was asked to stop.
 EXIT_TIMEOUT_SECONDS = 10
 _POLL_SECONDS = 0.1
-# How often a thread of OpenMP looks for the next product before it sleeps: a fraction of a
-# millisecond. By default it is many, in which it holds up whatever else runs on its core.
+# How often a thread of OpenMP looks for the next product before it sleeps. Meanwhile it holds up
+# what else runs on its core, by default for many milliseconds; but waking it takes as long as a
+# small product, so it should last from one to the next.
 _SPIN_COUNT = "20000"
+_SPIN_COUNT_SHARED = "1000"
 _LOG_LINES = 30
 # A configuration that doesn't parse, a model that doesn't load, and the server's own last words.
 _FAILURES = re.compile(
@@ -48,6 +50,7 @@ class TritonServer:
         grpc_port: likewise of the gRPC service.
         metrics_port: likewise of `/metrics`.
         log_file: all that the server and its models write.
+        shares_cores: whether other servers compute on the same ones.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class TritonServer:
         log_file: Path | str | None = None,
         log_verbose: int = 0,
         extra_args: Sequence[str] = (),
+        shares_cores: bool = False,
     ) -> None:
         self.host = host
+        self._spin_count = _SPIN_COUNT_SHARED if shares_cores else _SPIN_COUNT
         self.http_port, self.grpc_port, self.metrics_port = _pick_ports(
             host, (http_port, grpc_port, metrics_port)
         )
@@ -121,7 +126,7 @@ class TritonServer:
             with self.log_file.open("wb") as log:
                 self._process = subprocess.Popen(
                     self._command,
-                    env=_environment(),
+                    env={"GOMP_SPINCOUNT": self._spin_count, **_environment()},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -276,7 +281,6 @@ def _environment() -> dict[str, str]:
     """The environment in which the stub finds the packages and the library of this Python."""
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     if not in_container():
         folders = [TRITON / "lib", libpython_directory(), os.environ.get("LD_LIBRARY_PATH")]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(str(f) for f in folders if f)

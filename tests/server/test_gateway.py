@@ -110,7 +110,7 @@ def test_a_completion(client: OpenAI, engine: Engine) -> None:
 
 
 def test_a_streamed_completion(client: OpenAI, engine: Engine) -> None:
-    options = {**OPTIONS, "temperature": 0.0, "max_tokens": 60}
+    options = {**OPTIONS, "temperature": 0.0, "max_tokens": 1000}
     stream = client.completions.create(
         model="tandem",
         prompt=PROMPT,
@@ -121,7 +121,7 @@ def test_a_streamed_completion(client: OpenAI, engine: Engine) -> None:
     )
     *chunks, last = list(stream)
     assert "".join(c.choices[0].text for c in chunks) == offline(
-        engine, temperature=0.0, ignore_eos=True, max_tokens=60
+        engine, temperature=0.0, ignore_eos=True, max_tokens=1000
     )
     assert len(chunks) > 1
     assert last.choices == []
