@@ -30,10 +30,8 @@ COPY drafters /opt/tandem/drafters
 COPY scripts/fetch_models.py /opt/tandem/scripts/
 
 # Nothing is written but to /tmp and /dev/shm: the root file system may be read-only.
-# GOMP_SPINCOUNT: as in scripts/triton_server.py.
 ENV PYTHONPATH=/opt/tandem/packages \
     PYTHONDONTWRITEBYTECODE=1 \
-    GOMP_SPINCOUNT=20000 \
     HOME=/tmp
 # With a name, for libraries that ask for it.
 RUN useradd --uid 10001 --no-create-home tandem

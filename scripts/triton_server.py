@@ -22,10 +22,8 @@ LOG_DIRECTORY = TRITON / "log"
 # How long the server lets running requests finish once it was asked to stop.
 EXIT_TIMEOUT_SECONDS = 10
 _POLL_SECONDS = 0.1
-# How often a thread of OpenMP looks for the next product before it sleeps. Meanwhile it holds up
-# what else runs on its core, by default for many milliseconds; but waking it takes as long as a
-# small product, so it should last from one to the next.
-_SPIN_COUNT = "20000"
+# How often a thread of OpenMP looks for the next product before it sleeps. By default it does so
+# for many milliseconds, in which it holds up the other servers.
 _SPIN_COUNT_SHARED = "1000"
 _LOG_LINES = 30
 # A configuration that doesn't parse, a model that doesn't load, and the server's own last words.
@@ -67,7 +65,7 @@ class TritonServer:
         shares_cores: bool = False,
     ) -> None:
         self.host = host
-        self._spin_count = _SPIN_COUNT_SHARED if shares_cores else _SPIN_COUNT
+        self._openmp = {"GOMP_SPINCOUNT": _SPIN_COUNT_SHARED} if shares_cores else {}
         self.http_port, self.grpc_port, self.metrics_port = _pick_ports(
             host, (http_port, grpc_port, metrics_port)
         )
@@ -126,7 +124,7 @@ class TritonServer:
             with self.log_file.open("wb") as log:
                 self._process = subprocess.Popen(
                     self._command,
-                    env={"GOMP_SPINCOUNT": self._spin_count, **_environment()},
+                    env={**self._openmp, **_environment()},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

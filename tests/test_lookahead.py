@@ -196,7 +196,7 @@ def prefill(lookahead: AdaptiveLookahead, num_decoding: int, num_tokens: int) ->
     prompt = replace(decoding[0].sequence, num_prompt_tokens=num_tokens, num_computed=0)
     seconds = []
     while num_tokens > 0:
-        allowed = lookahead.max_prompt_tokens(num_decoding)
+        allowed = lookahead.max_prompt_tokens(num_decoding, 1)
         assert allowed is not None
         tokens = min(allowed, num_tokens)
         num_tokens -= tokens
@@ -214,7 +214,7 @@ def prefill(lookahead: AdaptiveLookahead, num_decoding: int, num_tokens: int) ->
 def test_a_prompt_slows_decoding_as_far_as_is_allowed(slowdown: float, num_decoding: int) -> None:
     model = CostModel(costs("model"))
     lookahead = AdaptiveLookahead(model, slowdown)
-    assert lookahead.max_prompt_tokens(0) is None
+    assert lookahead.max_prompt_tokens(0, 1) is None
     alone = model.verify(num_decoding, num_decoding)
     seconds = prefill(lookahead, num_decoding, 10**5)
     expected = (0.1 + 0.9 * slowdown) * alone
@@ -237,14 +237,23 @@ def test_a_short_prompt_is_not_cut() -> None:
     assert len(prefill(lookahead, 8, tokens)) == 1
 
 
+def test_few_that_decode_do_not_hold_up_many_prompts() -> None:
+    """As long as more decode than wait, prompts get the same; then in proportion."""
+    lookahead = AdaptiveLookahead(CostModel(costs("model")))
+    tokens = [lookahead.max_prompt_tokens(2, num_prompts) for num_prompts in (1, 2, 4, 30)]
+    assert tokens[0] is not None
+    assert tokens[1] == tokens[0]
+    assert tokens[2:] == pytest.approx([2 * tokens[0], 15 * tokens[0]], abs=15)
+
+
 def test_prompts_that_cost_more_than_was_measured_get_fewer_tokens() -> None:
     model = CostModel(costs("model"))
     lookahead = AdaptiveLookahead(model, 2.0)
-    alone, expected = model.verify(8, 8), lookahead.max_prompt_tokens(8)
+    alone, expected = model.verify(8, 8), lookahead.max_prompt_tokens(8, 1)
     assert expected is not None
     true_cost = 3 * (model.verify(8, 8, 1) - alone)
     for _ in range(50):
-        tokens = lookahead.max_prompt_tokens(8)
+        tokens = lookahead.max_prompt_tokens(8, 1)
         assert tokens is not None
         model.observe_verify(8, 8, tokens, alone + tokens * true_cost)
     assert tokens == pytest.approx(expected / 3, abs=1)

@@ -203,7 +203,9 @@ class Engine:
         """Chooses who runs, with how many tokens and how many drafts at most."""
         with self._lock:
             num_decoding = sum(s.is_decoding for s in self.scheduler.running)
-            batch = self.scheduler.schedule(self.lookahead.max_prompt_tokens(num_decoding))
+            num_prompts = len(self.scheduler.running) + len(self.scheduler.waiting) - num_decoding
+            max_prompt_tokens = self.lookahead.max_prompt_tokens(num_decoding, num_prompts)
+            batch = self.scheduler.schedule(max_prompt_tokens)
         now = time.monotonic()
         for scheduled in batch:
             self._note_start(scheduled.sequence, now)

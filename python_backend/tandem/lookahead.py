@@ -57,8 +57,12 @@ class Lookahead:
 
     costs: CostModel | None = None
 
-    def max_prompt_tokens(self, num_decoding: int) -> int | None:
-        """Tokens of prompts that may join a pass of so many decoding sequences; None for any."""
+    def max_prompt_tokens(self, num_decoding: int, num_prompts: int) -> int | None:
+        """Tokens of prompts that may join a pass of so many decoding sequences; None for any.
+
+        Args:
+            num_prompts: sequences that have no token yet, whether they are admitted or wait.
+        """
         return None
 
     def plan(self, batch: Items[ScheduledSequence]) -> None:
@@ -122,6 +126,7 @@ class AdaptiveLookahead(Lookahead):
         self.costs = costs
         self._max_prefill_slowdown = max_prefill_slowdown
         self._saved_steps = _MAX_SAVED_STEPS
+        self._prompt_weight = 1.0
         self.estimates = Estimates()
         self._advantage = _Advantage()
         self._plan = Plan(1, 1, frozenset())
@@ -133,10 +138,12 @@ class AdaptiveLookahead(Lookahead):
 
     # --- before drafting
 
-    def max_prompt_tokens(self, num_decoding: int) -> int | None:
+    def max_prompt_tokens(self, num_decoding: int, num_prompts: int) -> int | None:
         """See `Lookahead.max_prompt_tokens`."""
         if num_decoding == 0:
             return None
+        # Few don't hold up many.
+        self._prompt_weight = max(1.0, num_prompts / num_decoding)
         spare = (1 + self._saved_steps) * self._allowance(num_decoding)
         token = self.costs.verify(num_decoding, num_decoding, 1)
         token -= self.costs.verify(num_decoding, num_decoding)
@@ -145,7 +152,7 @@ class AdaptiveLookahead(Lookahead):
     def _allowance(self, num_decoding: int) -> float:
         """Seconds that prompts may take of a step in which so many sequences decode."""
         alone = self.costs.verify(num_decoding, num_decoding) + self.costs.rest
-        return _CAUTION * (self._max_prefill_slowdown - 1) * alone
+        return self._prompt_weight * _CAUTION * (self._max_prefill_slowdown - 1) * alone
 
     def plan(self, batch: Items[ScheduledSequence]) -> None:
         """See `Lookahead.plan`."""

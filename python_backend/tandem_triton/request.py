@@ -33,7 +33,7 @@ logger = logging.getLogger("tandem")
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MAX_SEED = 2**64 - 1
 # Whether a client is gone, the server must be asked.
-_ASK_SECONDS = 0.1
+_ASK_SECONDS = 0.12
 
 
 class Request:
