@@ -140,15 +140,16 @@ def perf_analyzer(
     ]
     inputs, export = scratch / "inputs.json", scratch / "profile.json"
     inputs.write_text(json.dumps({"data": data}), encoding="utf-8")
-    export.unlink(missing_ok=True)
     command = [str(TRITON / "bin" / "perf_analyzer"), "-m", "tandem", "-u", server.grpc_url]
     command += ["-i", "grpc", "--streaming", "--async", "--input-data", str(inputs)]
     command += ["--concurrency-range", str(concurrency), "--request-count", str(len(prompts))]
     command += ["--profile-export-file", str(export)]
     for _ in range(_ATTEMPTS):
+        export.unlink(missing_ok=True)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not export.exists():
-            raise WorkerError(f"perf_analyzer failed: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+            # What it says at first; how it is used comes behind.
+            raise WorkerError(f"perf_analyzer failed: {done.stderr[:1500]}{done.stdout[:1500]}")
         with suppress(json.JSONDecodeError):
             profile = json.loads(export.read_text(encoding="utf-8"))
             requests = profile["experiments"][0]["requests"]
