@@ -47,6 +47,7 @@ _WATCH_SECONDS = 0.05
 # Every series that has changed is a message to the server.
 _METRICS_SECONDS = 0.5
 _DRAIN_SECONDS = 5.0
+# How long steps follow one another before the event loop looks around, which takes a while.
 _TURN_SECONDS = 0.1
 # A step, or the watching thread, that takes longer counts as hanging for good.
 _HANG_SECONDS = 120.0
@@ -205,7 +206,7 @@ class TritonPythonModel:
                     await loop.run_in_executor(self._stepper, self._take_turn)
 
     def _take_turn(self) -> None:
-        """Steps until a sequence ends, or for a short while: the event loop takes its time."""
+        """Steps until a sequence ends, or for a short while."""
         until = time.monotonic() + _TURN_SECONDS
         while self._step() and time.monotonic() < until:
             pass
