@@ -142,7 +142,7 @@ class TritonPythonModel:
                 self._room.wait(_WATCH_SECONDS)
                 for request in list(arrived):
                     if (reason := request.reason_to_end()) is not None:
-                        request.fail(reason)
+                        _refuse(request, reason)
                         del arrived[request]
 
     def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
@@ -153,12 +153,12 @@ class TritonPythonModel:
                     raise self._stopped
                 self._requests.update(dict.fromkeys(sequences, request))
         except TandemError as error:
-            request.fail(error)
+            _refuse(request, error)
             return []
         except Exception as error:
             # No input may harm the other requests of the call.
             logger.exception("a request could not be read")
-            request.fail(TandemError(f"internal error: {error!r}"))
+            _refuse(request, TandemError(f"internal error: {error!r}"))
             return []
         for sequence in sequences:
             self._engine.add(sequence)
@@ -277,6 +277,14 @@ class TritonPythonModel:
                 for sequence, owner in live:
                     if owner is request and sequence.cancellation is None:
                         self._engine.cancel(sequence, reason)
+
+
+def _refuse(request: Request, error: TandemError) -> None:
+    """Ends a request that was not admitted; a response that can't be sent harms no other."""
+    try:
+        request.fail(error)
+    except Exception:
+        logger.exception("a response could not be sent")
 
 
 def _step_error(error: Exception) -> StepError:

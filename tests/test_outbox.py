@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tandem_triton.outbox
 from tandem import Delta, FinishReason, SamplingParams, Sequence
-from tandem_triton.outbox import Outbox
+from tandem_triton.outbox import Outbox, Receiver
 
 _COST = 0.0003  # seconds, of a response
 
@@ -35,6 +35,9 @@ class _Request:
         self.responses: list[list[int]] = []
         self._clock = clock
 
+    def has_begun(self, sequence: Sequence) -> bool:
+        return bool(self.responses)
+
     def deliver(self, news: Items[tuple[float, Delta]]) -> None:
         times = [time for time, _ in news]
         assert times == sorted(times)
@@ -53,7 +56,7 @@ def _sequence(index: int = 0) -> Sequence:
     return Sequence(index, [1, 2], 2, SamplingParams(), 0, "none", 0)
 
 
-def _step(outbox: Outbox, request: _Request, sequence: Sequence, *, ends: bool = False) -> None:
+def _step(outbox: Outbox, request: Receiver, sequence: Sequence, *, ends: bool = False) -> None:
     """A step that gives the sequence its next number."""
     token = sequence.num_output_tokens
     sequence.token_ids.append(token)
@@ -152,6 +155,9 @@ def test_a_sender_of_its_own_falls_behind_without_losing_anything() -> None:
     class Slow:
         streams = True
 
+        def has_begun(self, sequence: Sequence) -> bool:
+            return bool(received[sequence.id])
+
         def deliver(self, news: Items[tuple[float, Delta]]) -> None:
             nonlocal num_responses
             gate.wait(10)
@@ -161,7 +167,7 @@ def test_a_sender_of_its_own_falls_behind_without_losing_anything() -> None:
 
     sender = threading.Thread(target=outbox.run)
     sender.start()
-    request: _Request = Slow()  # type: ignore[assignment]
+    request = Slow()
     sequences = [_sequence(i) for i in range(3)]
     for number in range(50):
         for sequence in sequences:

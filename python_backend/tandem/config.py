@@ -101,7 +101,8 @@ class EngineConfig:
             4096, when not given.
         max_num_batched_tokens: tokens of one verifier pass; longer prompts are prefilled in chunks.
         max_prefill_slowdown: how many times as long steps may take because a prompt is computed
-            beside sequences that decode, by the costs that an adaptive lookahead measures.
+            beside sequences that decode, by the costs that an adaptive lookahead measures; more, in
+            proportion, where there are more prompts than sequences that decode.
         block_size: tokens in one block of the KV cache.
         enable_prefix_caching: whether requests that begin alike share the K/V of their beginning.
         kv_cache_tokens: size of the KV cache in tokens. When not given: on CUDA what

@@ -22,6 +22,7 @@ class Choice:
     def __init__(self, index: int, sequence: Sequence, tokenizer: Any, block_size: int) -> None:
         self._block_size = block_size
         self.index = index
+        self.has_begun = False
         self.ended = False
         self.text = ""
         self._sequence = sequence
@@ -69,6 +70,7 @@ class Choice:
 
     def take(self, options: RequestOptions) -> dict[str, Any]:
         """The outputs of a response, which are gone from here then."""
+        self.has_begun = True
         sequence = self._sequence
         reason = sequence.finish_reason if self.ended else None
         outputs: dict[str, Any] = {

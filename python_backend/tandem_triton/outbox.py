@@ -1,6 +1,6 @@
 """What steps brought and clients don't have yet.
 
-A sequence's new tokens wait for their turn and go out as one response: first tokens and ends before
+A sequence's new tokens wait for their turn and go out as one response: beginnings and ends before
 all others, then who has waited longest. So a sender that can't keep up sends fewer responses, not
 later ones.
 
@@ -36,6 +36,9 @@ class Receiver(Protocol):
     def streams(self) -> bool:
         """Whether it gets responses before its end."""
 
+    def has_begun(self, sequence: Sequence) -> bool:
+        """Whether its client has a response of the sequence."""
+
     def deliver(self, news: Items[tuple[float, Delta]]) -> None:
         """Sends what came to one sequence, and when (`time.monotonic`)."""
 
@@ -65,11 +68,11 @@ class Outbox:
     def put(self, request: Receiver, delta: Delta) -> None:
         """Takes what a step brought to one of the request's sequences."""
         sequence, now = delta.sequence, time.monotonic()
-        is_first = sequence.num_output_tokens == len(delta.token_ids)
+        is_urgent = request.streams and not request.has_begun(sequence)
         with self._changed:
             parcel = self._parcels.setdefault(sequence, _Parcel(request, now))
             parcel.news.append((now, delta))
-            if delta.finish_reason is not None or (request.streams and is_first):
+            if delta.finish_reason is not None or is_urgent:
                 self._patient.pop(sequence, None)
                 self._urgent[sequence] = None
             elif request.streams and sequence not in self._urgent:

@@ -115,6 +115,10 @@ class Request:
         """Whether it gets responses before its end."""
         return self._options.stream
 
+    def has_begun(self, sequence: Sequence) -> bool:
+        """Whether the client has a response of the sequence."""
+        return self._choices[sequence].has_begun
+
     def deliver(self, news: Items[tuple[float, Delta]]) -> None:
         """Adds what steps brought to one of the sequences and sends what is ready.
 

@@ -44,6 +44,7 @@ def test_all_ways_give_the_same_answer(server: TritonServer, client: Client) -> 
 
     completion = client.generate(PROMPT, **GREEDY)
     chunks = list(client.stream(PROMPT, **GREEDY))
+    assert len(chunks) > 1
     assert "".join(chunk.text for chunk in chunks) == completion.text
     assert sum(chunk.num_output_tokens for chunk in chunks) == completion.num_output_tokens == 40
     assert completion.finish_reason == chunks[-1].finish_reason == "length"

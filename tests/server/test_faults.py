@@ -237,7 +237,7 @@ def test_clients_killed_in_every_state(server: TritonServer, engine: Engine) -> 
 
 
 def test_a_cancelled_request_ends_within_200_ms(server: TritonServer) -> None:
-    """Decoding, and waiting for one of the eight slots; the metrics lag half a second behind."""
+    """Decoding, and waiting for one of the eight slots; the metrics lag up to 0.5 s behind."""
     endless = {"max_tokens": 12000, "ignore_eos": True}
     streams = [Stream(server) for _ in range(9)]
     for number, stream in enumerate(streams):
@@ -248,7 +248,7 @@ def test_a_cancelled_request_ends_within_200_ms(server: TritonServer) -> None:
     streams[0].close()
     streams[8].close()
     wait_until(lambda: metric(server, "request_failure_total") >= cancelled + 1)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 0.2 + 0.5 + 0.1
     for stream in streams[1:8]:
         stream.close()
     wait_until(lambda: is_idle(server), seconds=5)

@@ -491,3 +491,6 @@ def test_latencies_are_counted_by_request(server: TritonServer) -> None:
     # Those of requests before it may still come in.
     wait_until(lambda: all(n >= old + 2 for n, old in zip(counts(), before, strict=True)))
     wait_until(lambda: metric(server, "step_seconds_total") > 0)
+    page = requests.get(server.metrics_url, timeout=TIMEOUT).text
+    phases = re.findall(r'^tandem:step_seconds_total{model="tandem",phase="(\w+)"', page, re.M)
+    assert set(phases) == {"schedule", "draft", "verify", "accept", "commit"}
