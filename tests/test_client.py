@@ -201,8 +201,10 @@ def test_a_stream_without_its_end_is_an_error() -> None:
 
 
 def test_an_error_in_the_stream_is_the_requests() -> None:
+    refused = exchange()
+    assert refused.read(service_pb2.ModelStreamInferResponse(error_message="top_p is wrong")) == []
     with pytest.raises(RequestError, match="top_p"):
-        exchange().read(service_pb2.ModelStreamInferResponse(error_message="top_p is wrong"))
+        refused.check_ended()
 
 
 def test_a_completion_adds_the_chunks_up() -> None:

@@ -125,18 +125,20 @@ class Exchange:
     ) -> None:
         self._url = url
         self._answered = self._ended = False
+        self._refusal: RequestError | None = None
         self.metadata = make_metadata(prompt, options)
         self.request = make_request(model, prompt, stream=stream, options=options)
 
     def read(self, message: Any) -> list[Chunk]:
-        """One response's chunks; none for one that only marks the end.
+        """One response's chunks; none for an error or one that only marks the end.
 
-        Raises:
-            RequestError: the server refused or failed the request.
+        After an error, read on: Triton loses track of a request whose stream is cancelled in the
+        instant of its last response, and then its shutdown takes until the exit timeout.
         """
         self._answered = True
         if message.error_message:
-            raise refusal(message.error_message)
+            self._refusal = refusal(message.error_message)
+            return []
         response = message.infer_response
         # Reading an absent key of the map would add it.
         if "triton_final_response" in response.parameters:
@@ -144,12 +146,21 @@ class Exchange:
         return read_chunks(InferResult(response)) if response.outputs else []
 
     def check_ended(self) -> None:
-        """Raises ServerUnavailableError if the stream ended before its last response."""
+        """To be called when the stream has ended.
+
+        Raises:
+            RequestError: the server refused or failed the request.
+            ServerUnavailableError: the stream ended before its last response.
+        """
+        if self._refusal is not None:
+            raise self._refusal
         if not self._ended:
             raise ServerUnavailableError(f"{self._url} ended the answer before it was complete")
 
     def explain(self, error: grpc.RpcError) -> TandemClientError:
         """What a user can do something about, from an error of the connection."""
+        if self._refusal is not None:
+            return self._refusal
         code, details = error.code(), error.details()
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return RequestTimeoutError("the answer was not complete in time")

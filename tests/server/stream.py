@@ -68,9 +68,9 @@ class Stream:
             found.setdefault(message.id, Response()).add(result, message)
         return found
 
-    def close(self) -> None:
-        """Cancels what still runs."""
-        self.client.stop_stream(cancel_requests=True)
+    def close(self, *, cancel: bool = True) -> None:
+        """Cancels what still runs, or lets it end."""
+        self.client.stop_stream(cancel_requests=cancel)
         self.client.close()
 
     def __enter__(self) -> Stream:

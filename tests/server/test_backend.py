@@ -294,8 +294,9 @@ def test_shutdown_ends_every_stream(private_repository: Path) -> None:
         stopping.start()
         for stream in streams:
             responses = stream.responses(1)
-            # An open stream would hold the server up until its exit timeout.
-            stream.close()
+            # An open stream would hold the server up until its exit timeout, and so does one in
+            # five or so that is cancelled in the instant of its last response.
+            stream.close(cancel=False)
             assert [r.error for r in responses.values() if r.num_finals] == [SHUTTING_DOWN]
         stopping.join()
         assert time.monotonic() - started < EXIT_TIMEOUT_SECONDS

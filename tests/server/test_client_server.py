@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from stream import metric, wait_until
@@ -16,7 +18,7 @@ from stream import metric, wait_until
 import tandem_client
 from tandem_client import AsyncClient, Client, Options, RequestError, RequestTimeoutError
 from tandem_client.cli import main
-from triton_server import TritonServer
+from triton_server import EXIT_TIMEOUT_SECONDS, TritonServer
 
 pytestmark = pytest.mark.server
 
@@ -250,3 +252,15 @@ def test_stats_say_what_is_wrong(
     result = command("stats", *options)
     assert result.returncode == status
     assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_refused_requests_do_not_hold_up_the_shutdown(private_repository: Path) -> None:
+    with TritonServer(private_repository) as server:
+        with Client(server.grpc_url) as client:
+            for _ in range(100):
+                with pytest.raises(RequestError, match="temperature"):
+                    client.generate("x", temperature=-1)
+        started = time.monotonic()
+        server.stop()
+        assert time.monotonic() - started < EXIT_TIMEOUT_SECONDS
