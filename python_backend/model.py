@@ -1,8 +1,9 @@
 """Tandem as a Triton backend: requests become sequences, and what a step adds, responses.
 
-`execute()` blocks while the engine is full, which leaves the surplus in Triton's queue, where its
-limits, timeouts and priorities act. Then it returns a coroutine, which steps the engine for all
-running sequences until its own requests are done. See `Outbox` for how responses leave.
+`execute()` hands requests to the engine at once and returns a coroutine, which steps the engine for
+all running sequences until its own requests are done. What the engine has no room for waits there,
+not in Triton's queue: to leave it in that, `execute()` would have to block, after which Triton's
+batcher may take half a second to see that it can go on. See `Outbox` for how responses leave.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tandem import (
     Engine,
     EngineConfig,
     EngineStoppedError,
+    QueueFullError,
     Sequence,
     StepError,
     TandemError,
@@ -40,13 +42,14 @@ from tandem_triton.signals import ShutdownSignal
 
 logger = logging.getLogger("tandem")
 
-# A newer server asks the model whether it is ready over the channel that a blocked execute()
-# holds, and waits 5 s for the answer.
-_MAX_BLOCK_SECONDS = 3.0
 _WATCH_SECONDS = 0.05
+# Whether a client is gone is a question to the server, for each request.
+_ASK_SECONDS = 0.12
+_MAX_ASKS_PER_SECOND = 250
 # Every series that has changed is a message to the server.
 _METRICS_SECONDS = 0.5
 _DRAIN_SECONDS = 5.0
+_MAX_QUEUE_SIZE = 128
 # How long steps follow one another before the event loop looks around, which takes a while.
 _TURN_SECONDS = 0.1
 # A step, or the watching thread, that takes longer counts as hanging for good.
@@ -68,9 +71,10 @@ class TritonPythonModel:
         self._engine = self._stepper.submit(self._load_engine, args).result()
         self._metrics = MetricsExporter(self._engine, args)
         self._drain = Drain(self._parameter(args, "drain_seconds", _DRAIN_SECONDS))
+        self._max_queue_size = int(self._parameter(args, "max_queue_size", _MAX_QUEUE_SIZE))
         self._stopped: EngineStoppedError | None = None
         self._turn = asyncio.Lock()
-        self._room = threading.Condition()
+        self._lock = threading.Lock()
         self._requests: dict[Sequence, Request] = {}
         self._outbox = Outbox()
         device = self._engine.verifier.model.device
@@ -127,28 +131,15 @@ class TritonPythonModel:
     # --- on Triton's thread
 
     def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None]:
-        """Waits for room, queues the requests, and returns what runs them to their end."""
-        arrived = {Request(request, self._metrics): request for request in requests}
-        self._wait_for_room(arrived)
-        return self._run([s for pair in arrived.items() for s in self._admit(*pair)])
-
-    def _wait_for_room(self, arrived: dict[Request, Any]) -> None:
-        """Waits for a free slot; requests that are given up in the meantime end and leave."""
-        deadline = time.monotonic() + _MAX_BLOCK_SECONDS
-        with self._room:
-            while len(self._requests) >= self._engine.config.max_num_seqs and arrived:
-                if time.monotonic() > deadline:
-                    return
-                self._room.wait(_WATCH_SECONDS)
-                for request in list(arrived):
-                    if (reason := request.reason_to_end()) is not None:
-                        _refuse(request, reason)
-                        del arrived[request]
+        """Queues the requests, and returns what runs them to their end."""
+        arrived = [(Request(request, self._metrics), request) for request in requests]
+        return self._run([sequence for pair in arrived for sequence in self._admit(*pair)])
 
     def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
         try:
+            self._check_queue()
             sequences = request.read(triton_request, self._engine)
-            with self._room:
+            with self._lock:
                 if self._stopped is not None:
                     raise self._stopped
                 self._requests.update(dict.fromkeys(sequences, request))
@@ -163,6 +154,14 @@ class TritonPythonModel:
         for sequence in sequences:
             self._engine.add(sequence)
         return sequences
+
+    def _check_queue(self) -> None:
+        num_waiting = len(self._requests) - self._engine.config.max_num_seqs
+        if num_waiting >= self._max_queue_size:
+            raise QueueFullError(
+                f"the queue is full, {num_waiting} wait: try again later, or raise max_queue_size "
+                f"({self._max_queue_size}) in config.pbtxt"
+            )
 
     def is_ready(self) -> bool:
         """Asked by servers that know it: False once the engine has failed or is shutting down."""
@@ -234,18 +233,17 @@ class TritonPythonModel:
 
     def _stop(self, error: EngineStoppedError) -> None:
         """Takes no more requests and ends the running ones; no step may be running."""
-        with self._room:
+        with self._lock:
             self._stopped = error
         self._hand_out(self._engine.abort(error))
 
     def _hand_out(self, deltas: list[Delta], seconds: float = 0.0) -> None:
-        with self._room:
+        with self._lock:
             for delta in deltas:
                 request = self._requests[delta.sequence]
                 if delta.finish_reason is not None:
                     del self._requests[delta.sequence]
                 self._outbox.put(request, delta)
-            self._room.notify_all()
         if self._sends_between_steps:
             self._outbox.send_due(seconds)
 
@@ -259,7 +257,7 @@ class TritonPythonModel:
             if self._shutdown_signal.wait(_WATCH_SECONDS):
                 self._drain.start()
                 # Unlike a balancer, whoever sends a signal sends nothing after it.
-                with self._room:
+                with self._lock:
                     self._stopped = self._stopped or _SHUTTING_DOWN
             self._drain.observe(busy=bool(self._requests))
             if self._drain.is_over and self._requests:
@@ -270,10 +268,11 @@ class TritonPythonModel:
                 self._metrics.update(alive=not self._not_live())
 
     def _end_cancelled(self) -> None:
-        with self._room:
+        with self._lock:
             live = list(self._requests.items())
+        ask_seconds = max(_ASK_SECONDS, len(live) / _MAX_ASKS_PER_SECOND)
         for request in {request for _, request in live}:
-            if (reason := request.reason_to_end()) is not None:
+            if (reason := request.reason_to_end(ask_seconds)) is not None:
                 for sequence, owner in live:
                     if owner is request and sequence.cancellation is None:
                         self._engine.cancel(sequence, reason)

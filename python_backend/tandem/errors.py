@@ -47,6 +47,12 @@ class InvalidRequestError(TandemError, ValueError):
     code = "INVALID_ARG"
 
 
+class QueueFullError(TandemError):
+    """As many requests wait as may wait."""
+
+    code = "UNAVAILABLE"
+
+
 class RequestCancelledError(TandemError):
     """The request was cancelled before it was done."""
 
@@ -54,7 +60,7 @@ class RequestCancelledError(TandemError):
 
 
 class DeadlineExceededError(TandemError):
-    """The request's timeout passed before it was done; Triton's own queue says the same."""
+    """The request's timeout passed before it was done."""
 
     code = "UNAVAILABLE"
 

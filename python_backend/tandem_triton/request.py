@@ -19,6 +19,7 @@ from tandem import (
     EngineStoppedError,
     FinishReason,
     InvalidRequestError,
+    QueueFullError,
     RequestCancelledError,
     Sequence,
     TandemError,
@@ -32,8 +33,6 @@ logger = logging.getLogger("tandem")
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MAX_SEED = 2**64 - 1
-# Whether a client is gone, the server must be asked.
-_ASK_SECONDS = 0.12
 
 
 class Request:
@@ -84,12 +83,16 @@ class Request:
             self._choices[sequence] = choice
         return list(self._choices)
 
-    def reason_to_end(self) -> TandemError | None:
-        """Why the request should be given up: its client is gone, or its time is over."""
+    def reason_to_end(self, ask_seconds: float) -> TandemError | None:
+        """Why the request should be given up: its client is gone, or its time is over.
+
+        Args:
+            ask_seconds: for how long the server's last answer holds.
+        """
         now = time.monotonic()
         if now > self._deadline:
             return DeadlineExceededError("the request's timeout passed before it was done")
-        if now - self._asked_at < _ASK_SECONDS:
+        if now - self._asked_at < ask_seconds:
             return None
         self._asked_at = now
         with self._lock:
@@ -193,6 +196,7 @@ _REASONS: dict[type[TandemError], str] = {
     RequestCancelledError: "cancelled",
     DeadlineExceededError: "timeout",
     EngineStoppedError: "stopped",
+    QueueFullError: "queue_full",
 }
 
 

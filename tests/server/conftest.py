@@ -50,7 +50,7 @@ def write_repository(
     version.mkdir(parents=True)
     config = (ROOT / "model_repository/tandem/config.pbtxt").read_text()
     config = config.replace('name: "tandem"', f'name: "{name}"')
-    config = config.replace("max_queue_size: 128", f"max_queue_size: {max_queue_size}")
+    config = config.replace('string_value: "128"', f'string_value: "{max_queue_size}"')
     config = config.replace("max_batch_size: 8", f"max_batch_size: {max_batch_size}")
     # Triton's own parameter, shortened so that the test of it needn't wait.
     config += '\nparameters { key: "drain_seconds" value { string_value: "1" } }\n'
@@ -72,7 +72,7 @@ def tiny_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory, tiny_verifier: Path) -> Path:
-    """`tandem`; `short_queue`, in whose queue four requests have room; and `vllm_format`.
+    """`tandem`; `short_queue`, where four requests may wait; and `vllm_format`.
 
     The last takes tensors without a batch dimension. The last two have a chat template.
     """
