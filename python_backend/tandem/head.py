@@ -65,21 +65,20 @@ class OutputHead(nn.Module):
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
-    def likeliest(self, states: Tensor) -> Tensor:
+    def likeliest(self, states: Tensor) -> list[int]:
         """The token with the largest logit behind each state; -1 where there are no numbers.
 
         Args:
             states: `[num_rows, hidden_size]`.
-
-        Returns:
-            `[num_rows]`, int64.
         """
         if self._likeliest is None:
             return likeliest_of(self.logits(states))
         token_ids = self._likeliest(states)
-        unknown = token_ids < 0
-        if unknown.any():
-            token_ids[unknown] = likeliest_of(self.logits(states[unknown]))
+        unknown = [row for row, token_id in enumerate(token_ids) if token_id < 0]
+        if unknown:
+            found = likeliest_of(self.logits(states[unknown]))
+            for row, token_id in zip(unknown, found, strict=True):
+                token_ids[row] = token_id
         return token_ids
 
 
@@ -92,7 +91,8 @@ def take_states(model: PreTrainedModel) -> Tensor:
     return states
 
 
-def likeliest_of(logits: Tensor) -> Tensor:
-    """The token with the largest logit in each row, `[num_rows]`; -1 where they aren't numbers."""
+def likeliest_of(logits: Tensor) -> list[int]:
+    """The token with the largest logit in each row; -1 where they aren't numbers."""
     token_ids, values = largest(logits)
-    return token_ids.where(values.isfinite(), -1)
+    found: list[int] = token_ids.where(values.isfinite(), -1).tolist()
+    return found

@@ -64,7 +64,7 @@ def _joined(group: Items[ScheduledSequence], rows: Mapping[ScheduledSequence, ra
 
 def _sample(
     scores: Tensor, group: Items[ScheduledSequence], eos_token_ids: frozenset[int]
-) -> tuple[Tensor, dict[ScheduledSequence, Tensor]]:
+) -> tuple[list[int], dict[ScheduledSequence, Tensor]]:
     # A NaN or infinity anywhere in a row shows in its largest value.
     finite = scores.amax(dim=-1).isfinite()
     rows = dict(zip(group, scores.split_with_sizes([s.num_rows for s in group]), strict=True))
@@ -76,11 +76,13 @@ def _sample(
         for s in group
         for offset in range(s.num_rows)
     ]
-    return sample(scores, draws).where(finite, -1), raw
+    return sample(scores, draws).where(finite, -1).tolist(), raw
 
 
 def _split(
-    group: Items[ScheduledSequence], token_ids: Tensor, logits: dict[ScheduledSequence, Tensor]
+    group: Items[ScheduledSequence],
+    token_ids: list[int],
+    logits: dict[ScheduledSequence, Tensor],
 ) -> dict[ScheduledSequence, Selection]:
-    ids = iter(token_ids.tolist())
+    ids = iter(token_ids)
     return {s: Selection(list(islice(ids, s.num_rows)), logits.get(s)) for s in group}

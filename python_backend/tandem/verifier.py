@@ -34,8 +34,8 @@ class VerifierOutput:
             return self.made_logits[list(rows)]
         return self.head.logits(self._hidden(rows))
 
-    def likeliest(self, rows: Items[int]) -> Tensor:
-        """The likeliest tokens in some rows, `[len(rows)]`; -1 where logits are no numbers."""
+    def likeliest(self, rows: Items[int]) -> list[int]:
+        """The likeliest tokens in some rows; -1 where logits are no numbers."""
         if self.made_logits is not None:
             return likeliest_of(self.made_logits[list(rows)])
         return self.head.likeliest(self._hidden(rows))
@@ -70,6 +70,8 @@ class Verifier:
         self.cache = cache
         self.compiled = compiled
         self._batch_invariant = batch_invariant
+        # The model looks for them among its parameters each time.
+        self._dtype, self._device = model.dtype, model.device
 
     def forward(self, batch: Items[ScheduledSequence]) -> VerifierOutput:
         """Runs the model over the batch's known tokens and drafts, and writes their K/V."""
@@ -90,8 +92,8 @@ class Verifier:
         packed = PackedBatch(
             spans,
             self.cache.block_size,
-            self.model.dtype,
-            self.model.device,
+            self._dtype,
+            self._device,
             batch_invariant=self._batch_invariant,
         )
         if self.compiled is not None:

@@ -63,21 +63,22 @@ class LikeliestToken:
             blocks, _LANES, self._num_steps, 4
         ).transpose(1, 2)
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """The likeliest tokens behind `states`, `[num_rows, hidden_size]`.
+    def __call__(self, states: Tensor) -> list[int]:
+        """The likeliest token behind each of `states`, `[num_rows, hidden_size]`.
 
-        Returns:
-            `[num_rows]`, int64; -1 where the state isn't finite, or can't tell many tokens apart.
+        -1 stands for one that isn't finite, or can't tell many tokens apart.
         """
         states = states.contiguous()
-        tokens = torch.empty(len(states), dtype=torch.long)
+        num_rows, dim = states.shape
+        token_ids = (ctypes.c_int64 * num_rows)()
         self._run(
             *(tensor.data_ptr() for tensor in (states, self._head, self._weights)),
-            *(tensor.data_ptr() for tensor in (self._scales, self._errors, self._norms, tokens)),
-            *(*states.shape, self._num_blocks, self._num_steps, _CAPACITY),
+            *(tensor.data_ptr() for tensor in (self._scales, self._errors, self._norms)),
+            token_ids,
+            *(num_rows, dim, self._num_blocks, self._num_steps, _CAPACITY),
             torch.get_num_threads(),
         )
-        return tokens
+        return list(token_ids)
 
 
 def likeliest_token(head: Tensor) -> LikeliestToken | None:
