@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from tandem.errors import UnsupportedModelError
 from tandem.kernels import Operators, operators
-from tandem.kernels.operators import attend, direct_calls
+from tandem.kernels.operators import attend, direct_calls, once
 from tandem.kv_cache import KVCache
 from tandem.machine import cache_directory, code_hash, cpu_name
 from tandem.packing import Int8Linear, PackedLinear
@@ -44,8 +44,6 @@ _SETTINGS = {
     "emulate_precision_casts": True,
     # As many as there are when it runs; see `operators.cpp`.
     "cpp.dynamic_threads": True,
-    # What several layers read, such as the angles of rotary embeddings, is computed once.
-    "realize_opcount_threshold": 5,
     # No pool of processes is left behind.
     "compile_threads": 1,
 }
@@ -171,7 +169,10 @@ def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
     logger.info("compiling %s, which is done once on a machine", type(module).__name__)
     started = time.monotonic()
     varying = tuple({int(x.shape[0] == 1): torch.export.Dim.DYNAMIC} for x in inputs)
-    program = torch.export.export(module, tuple(inputs), dynamic_shapes=(varying,), strict=False)
+    with _angles_once(module):
+        program = torch.export.export(
+            module, tuple(inputs), dynamic_shapes=(varying,), strict=False
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory, _utf8_files():
         made = Path(directory) / path.name
@@ -186,6 +187,25 @@ def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
         # Another engine may be at the same; the last to end leaves its own.
         made.replace(path)
     logger.info("compiled in %.1f s", time.monotonic() - started)
+
+
+@contextmanager
+def _angles_once(module: nn.Module) -> Iterator[None]:
+    """All layers read the cosines and sines, which are dear."""
+
+    def hook(_module: nn.Module, _inputs: object, angles: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(once(each) for each in angles)
+
+    hooks = [
+        part.register_forward_hook(hook)
+        for part in module.modules()
+        if "RotaryEmbedding" in type(part).__name__
+    ]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 @contextmanager

@@ -202,6 +202,10 @@ Tensor write_kv(const Tensor &keys, const Tensor &values, const Tensor &slots, i
   return at::scalar_tensor(layer, at::kLong);
 }
 
+// The compiler doesn't see through it, so what it gets is computed once and not in each place that
+// reads it.
+Tensor once(const Tensor &computed) { return computed.clone(); }
+
 // A sequence's part of a packed row, as `PackedBatch.spans` writes it.
 struct Span {
   int32_t row, num_queries, kv_len, table, by_products;
@@ -341,6 +345,10 @@ AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle rows, int64_t index, int64
   });
 }
 
+AOTITorchError aoti_torch_cpu_once(AtenTensorHandle computed, AtenTensorHandle *result) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({ *result = handle(once(tensor(computed))); });
+}
+
 AOTITorchError aoti_torch_cpu_write_kv(AtenTensorHandle keys, AtenTensorHandle values,
                                        AtenTensorHandle slots, int64_t layer,
                                        AtenTensorHandle *result) {
@@ -376,6 +384,7 @@ TORCH_LIBRARY(tandem, library) {
   library.def("set_constants(int graph, Dict(str, Tensor) constants) -> ()", &set_constants);
   library.def("run_graph(int model, int graph, Tensor[] inputs) -> Tensor[]", &run_graph);
   library.def("linear(Tensor rows, int index, int out_features) -> Tensor");
+  library.def("once(Tensor computed) -> Tensor");
   library.def("write_kv(Tensor keys, Tensor values, Tensor slots, int layer) -> Tensor");
   library.def(
       "attend(Tensor query, Tensor layer, Tensor spans, Tensor tables, float scaling, int window, "
@@ -384,6 +393,7 @@ TORCH_LIBRARY(tandem, library) {
 
 TORCH_LIBRARY_IMPL(tandem, CPU, library) {
   library.impl("linear", &linear);
+  library.impl("once", &once);
   library.impl("write_kv", &write_kv);
   library.impl("attend", &attend);
 }

@@ -107,6 +107,7 @@ def _load() -> bool:
         return False
     shapes: dict[str, Callable[..., Tensor]] = {
         "linear": _linear_shape,
+        "once": torch.empty_like,
         "write_kv": _write_kv_shape,
         "attend": _attend_shape,
     }
@@ -144,6 +145,7 @@ def direct_calls() -> dict[object, list[str]]:
         torch.ops.tandem.linear.default: [
             f"{start}linear({handles('rows')}int64_t index, int64_t out_features, {result}"
         ],
+        torch.ops.tandem.once.default: [f"{start}once({handles('computed')}{result}"],
         torch.ops.tandem.write_kv.default: [
             f"{start}write_kv({handles('keys')}{handles('values')}{handles('slots')}"
             f"int64_t layer, {result}"
@@ -159,6 +161,12 @@ def linear(rows: Tensor, index: int, out_features: int) -> Tensor:
     """`[..., in_features]` to `[..., out_features]`, by the model's weight of that number."""
     product: Tensor = torch.ops.tandem.linear(rows, index, out_features)
     return product
+
+
+def once(computed: Tensor) -> Tensor:
+    """A copy, so that the compiler doesn't compute it again wherever it is read."""
+    copy: Tensor = torch.ops.tandem.once(computed)
+    return copy
 
 
 def write_kv(keys: Tensor, values: Tensor, slots: Tensor, layer: int) -> Tensor:
