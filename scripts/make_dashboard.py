@@ -49,7 +49,7 @@ ROWS = {
     "Requests": [
         Graph(
             "Time to first token",
-            "From admission; the time in Triton's queue comes on top.",
+            "From arrival, the queue included.",
             "s",
             _quantiles("time_to_first_token"),
         ),
@@ -70,7 +70,7 @@ ROWS = {
         ),
         Graph(
             "Outcomes",
-            "Ends by reason, a second. Refusals of Triton's full queue are Triton's own.",
+            "Ends by reason, a second.",
             "short",
             {
                 "{{finished_reason}}": _rate("request_success_total", "finished_reason"),

@@ -19,7 +19,14 @@ from tandem_triton.metrics import MetricsExporter
 class Choice:
     """One of a request's sequences, and what of it hasn't been sent."""
 
-    def __init__(self, index: int, sequence: Sequence, tokenizer: Any, block_size: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        sequence: Sequence,
+        tokenizer: Any,
+        block_size: int,
+        arrived_at: float,
+    ) -> None:
         self._block_size = block_size
         self.index = index
         self.has_begun = False
@@ -28,7 +35,7 @@ class Choice:
         self._sequence = sequence
         self._shown = output_text(tokenizer, sequence)
         self._tokenizer = tokenizer
-        self._admitted_at = time.monotonic()
+        self._arrived_at = arrived_at
         self._first_token_at: float | None = None
         self._last_token_at: float | None = None
         self._accepted_text_length = 0
@@ -111,9 +118,9 @@ class Choice:
             drafter=sequence.drafter,
         )
         for name, start, end in (
-            ("request_queue_time_seconds", self._admitted_at, sequence.started_at),
-            ("time_to_first_token_seconds", self._admitted_at, self._first_token_at),
-            ("e2e_request_latency_seconds", self._admitted_at, now),
+            ("request_queue_time_seconds", self._arrived_at, sequence.started_at),
+            ("time_to_first_token_seconds", self._arrived_at, self._first_token_at),
+            ("e2e_request_latency_seconds", self._arrived_at, now),
         ):
             metrics.observe(name, end - start)
         if sequence.num_output_tokens > 1:
@@ -129,7 +136,7 @@ class Choice:
             "kv_cache_alloc_new_blocks": num_blocks - num_reused,
             "kv_cache_reused_blocks": num_reused,
             "kv_cache_alloc_total_blocks": num_blocks,
-            "arrival_time_ns": _nanoseconds(self._admitted_at),
+            "arrival_time_ns": _nanoseconds(self._arrived_at),
             "first_scheduled_time_ns": _nanoseconds(sequence.started_at),
             "first_token_time_ns": _nanoseconds(self._first_token_at),
             "last_token_time_ns": _nanoseconds(self._last_token_at),
@@ -145,8 +152,8 @@ class Choice:
             "acceptance_rate": sequence.num_accepted_tokens / max(1, sequence.num_draft_tokens),
             "total_draft_tokens": sequence.num_draft_tokens,
             "total_accepted_draft_tokens": sequence.num_accepted_tokens,
-            "time_to_first_token": first_token_at - self._admitted_at,
-            "total_time": now - self._admitted_at,
+            "time_to_first_token": first_token_at - self._arrived_at,
+            "total_time": now - self._arrived_at,
         }
 
 

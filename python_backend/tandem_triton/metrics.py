@@ -40,10 +40,10 @@ _DESCRIPTIONS = {
     "spec_decode_mean_lookahead": "Draft tokens of a round, over the last minute",
     "spec_decode_low_gain": "Why speculation gains little, with the figure that shows it",
     "synthetic_acceptance": "1 if drafts are accepted by coin, for a benchmark",
-    "time_to_first_token_seconds": "From admission to the first token",
+    "time_to_first_token_seconds": "From arrival to the first token",
     "time_per_output_token_seconds": "Time for each token after the first",
-    "request_queue_time_seconds": "From admission to the first step",
-    "e2e_request_latency_seconds": "From admission to the end",
+    "request_queue_time_seconds": "From arrival to the first step",
+    "e2e_request_latency_seconds": "From arrival to the end",
     "step_seconds_total": "Time of the steps by phase",
 }
 _BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]

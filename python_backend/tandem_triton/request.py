@@ -77,7 +77,9 @@ class Request:
             elif options.n > 1:
                 sequence.seed = (sequence.seed + index) & _MAX_SEED
             drafter = sequence.drafter  # one that was drawn is drawn for all
-            choice = Choice(index, sequence, engine.tokenizer, engine.config.block_size)
+            choice = Choice(
+                index, sequence, engine.tokenizer, engine.config.block_size, self._arrived_at
+            )
             if not options.exclude_input_in_output:
                 choice.text = prompt if isinstance(prompt, str) else echo
             self._choices[sequence] = choice

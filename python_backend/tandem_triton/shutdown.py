@@ -10,8 +10,7 @@ logger = logging.getLogger("tandem")
 
 # For balancers to notice that the model isn't ready any more.
 _SETTLE_SECONDS = 10.0
-# Requests come out of Triton's queue as soon as there is room: nothing running for this long means
-# that nothing waits there either.
+# Triton hands requests over as they come: nothing here for so long means that nothing waits there.
 _IDLE_SECONDS = 1.0
 
 

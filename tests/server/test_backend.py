@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,6 @@ def post(server: TritonServer, verb: str, body: Any, model: str = "tandem") -> r
 def is_idle(server: TritonServer, model: str = "tandem") -> bool:
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_blocks_used")
     return all(metric(server, name, model) == 0 for name in names)
-
-
-def is_running(server: TritonServer, model: str, count: int) -> bool:
-    return metric(server, "num_requests_running", model) == count
 
 
 def test_grpc_stream_gives_the_engines_text(server: TritonServer, engine: Engine) -> None:
@@ -161,12 +156,12 @@ def check_32_clients(server: TritonServer, engine: Engine) -> None:
 
 def test_a_full_queue_refuses_and_nothing_hangs(server: TritonServer, engine: Engine) -> None:
     options = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
-    long = options | {"max_tokens": 3000}
+    long = options | {"max_tokens": 1500}
     short_text, long_text = (offline(engine, "busy", **each)[0] for each in (options, long))
     with Stream(server, "short_queue") as running, Stream(server, "short_queue") as late:
         for number in range(8):
             running.send(str(number), "busy", **long)
-            wait_until(partial(is_running, server, "short_queue", number + 1))
+        wait_until(lambda: metric(server, "num_requests_running", "short_queue") == 8)
         for number in range(32):
             late.send(str(number), "busy", **options)
         wait_until(lambda: metric(server, "num_requests_waiting", "short_queue") == 4)
