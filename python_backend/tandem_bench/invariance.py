@@ -26,7 +26,7 @@ def run(settings: Settings) -> None:
     results = settings.results(PART, ("num_prompts", "max_tokens"), concurrency=_CONCURRENCY)
     todo = [
         (invariant, temperature)
-        for invariant in (False, True)
+        for invariant in (True, False)
         for temperature in _TEMPERATURES
         if name(invariant, temperature) not in results
     ]
