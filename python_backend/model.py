@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Coroutine
@@ -121,12 +122,18 @@ class TritonPythonModel:
     @staticmethod
     def _parameter(args: dict[str, str], name: str, default: float) -> float:
         given = json.loads(args["model_config"]).get("parameters", {}).get(name)
+        if given is None:
+            return default
         try:
-            return default if given is None else float(given["string_value"])
+            value = float(given["string_value"])
         except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
             raise pb_utils.TritonModelException(
-                f"config.pbtxt: parameter {name} must be a number, got {given['string_value']!r}"
-            ) from None
+                f"config.pbtxt: parameter {name} must be a number from 0, "
+                f"got {given['string_value']!r}"
+            )
+        return value
 
     # --- on Triton's thread
 

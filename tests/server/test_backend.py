@@ -299,3 +299,12 @@ def test_a_wrong_model_json_says_what_is_allowed(private_repository: Path) -> No
     path.write_text(json.dumps(json.loads(path.read_text()) | {"verifer": "x"}))
     with pytest.raises(ServerError, match="unknown key 'verifer'; allowed: verifier, dtype"):
         TritonServer(private_repository).__enter__()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["many", "-1", "inf"])
+def test_a_wrong_queue_size_is_named(private_repository: Path, size: str) -> None:
+    path = private_repository / "tandem/config.pbtxt"
+    path.write_text(path.read_text().replace('"128"', f'"{size}"'))
+    with pytest.raises(ServerError, match=f"max_queue_size must be a number from 0, got '{size}'"):
+        TritonServer(private_repository).__enter__()
