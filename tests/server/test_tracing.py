@@ -104,17 +104,21 @@ def is_up(url: str) -> bool:
         return False
 
 
+def complete_lines(log: Path) -> list[str]:
+    """The lines of a log that is still written to, without the one that is being written."""
+    return log.read_bytes().rpartition(b"\n")[0].decode().splitlines()
+
+
 def server_entries(pod: Pod) -> list[dict[str, Any]]:
     """The backend's entries; Triton writes each as a JSON string."""
-    lines = pod.server.log_file.read_text(encoding="utf-8").splitlines()
     mark = '"{\\"event'
+    lines = complete_lines(pod.server.log_file)
     texts = [json.loads(line[line.index(mark) :]) for line in lines if mark in line]
     return [json.loads(text) for text in texts]
 
 
 def gateway_entries(log: Path) -> list[dict[str, Any]]:
-    lines = log.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
+    return [json.loads(line) for line in complete_lines(log) if line.startswith("{")]
 
 
 def test_a_request_has_one_id_and_one_trace(
