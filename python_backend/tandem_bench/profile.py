@@ -1,10 +1,11 @@
 """Where the time of a step goes: torch's profiler over steps in which all sequences decode.
 
 Times are of the thread that steps. A product's time is how long its outermost operator took, from
-profiled steps; a step's time is from steps without the profiler, before and after those. So the
-share outside the products, `1 - products / step`, is not blown up by the profiler's own cost. The
-groups come from a third set of steps, in which each module opens a range of its own: an operator
-belongs to the innermost module around it.
+profiled steps; a step's time is from steps without the profiler, in short turns with those. So the
+share outside the products, `1 - products / step`, is blown up neither by the profiler's own cost nor
+by a memory that is faster in one half of a second than in the other. The groups come from a third
+set of steps, in which each module opens a range of its own: an operator belongs to the innermost
+module around it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tandem_bench.noise import foreign_share, read_rate
 from tandem_bench.settings import Settings, bar
 from tandem_bench.workload import repeat_to_fill
 
-_WARM_UP_STEPS = 6
+_WARM_UP_STEPS, _STEPS_A_TURN = 6, 8
 _PHASE, _GROUP = "phase:", "group:"
 # Matrix products: linear layers, attention, the head, and what a drafter multiplies.
 PRODUCT = re.compile(
@@ -101,11 +102,7 @@ def run(settings: Settings) -> None:
         for drafter, concurrency in todo:
             shown.say(f"{drafter}, concurrency {concurrency}")
             load = repeat_to_fill(prompts, concurrency)[:concurrency]
-            # The profiler's own work after the steps grows with the sequences.
-            num_steps = max(8, 32 // concurrency)
-            results.put(
-                f"{drafter} c{concurrency}", profile_steps(engine, load, drafter, num_steps)
-            )
+            results.put(f"{drafter} c{concurrency}", profile_steps(engine, load, drafter))
             shown.advance()
 
 
@@ -113,12 +110,12 @@ def profile_steps(
     engine: Engine,
     prompts: Items[list[int]],
     drafter: str,
-    num_steps: int = 30,
+    num_turns: int = 8,
 ) -> dict[str, Any]:
     """Decodes all prompts at once and says where the time went.
 
     Args:
-        num_steps: steps of each of the three sets.
+        num_turns: how often steps with and without the profiler take turns.
 
     Returns:
         Milliseconds a step: `step_ms`, `products_ms`, `phases` (without the profiler), `groups`
@@ -147,28 +144,30 @@ def profile_steps(
         steps(_WARM_UP_STEPS)
         marked.phases.clear()
         rate, foreign = read_rate(), foreign_share()
-        seconds = steps(num_steps // 2)
-        phases = list(marked.phases)
-        with _named_kernels(), profile(activities=[ProfilerActivity.CPU]) as profiler:
-            profiled_seconds = steps(num_steps)
-        marked.phases.clear()
-        seconds += steps(num_steps - num_steps // 2)
-        phases += marked.phases
+        seconds = profiled_seconds = 0.0
+        phases, events = list[tuple[str, float]](), list[FunctionEvent]()
+        for _ in range(num_turns):
+            marked.phases.clear()
+            seconds += steps(_STEPS_A_TURN)
+            phases += marked.phases
+            with _named_kernels(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+                profiled_seconds += steps(_STEPS_A_TURN)
+            events += profiler.events()
         share = foreign()
         with (
             _named_kernels(),
             _module_ranges(engine),
             profile(activities=[ProfilerActivity.CPU]) as by_module,
         ):
-            steps(num_steps)
+            steps(_STEPS_A_TURN)
         assert all(sequence.is_decoding for sequence in sequences), "a sequence ended too early"
     finally:
         engine.stats = plain
         for sequence in sequences:
             engine.cancel(sequence)
         engine.step()
+    num_steps = num_turns * _STEPS_A_TURN
     per_step = 1e3 / num_steps
-    events = list(profiler.events())
     products = sum(e.cpu_time_total for e in events if _is_outermost(e, PRODUCT)) / 1e6
     operators = sum(e.cpu_time_total for e in events if _is_outermost(e, _OPERATOR)) / 1e6
     return {
@@ -182,7 +181,7 @@ def profile_steps(
         "profiled_python_ms": round((profiled_seconds - operators) * per_step, 3),
         "phases": _rounded(_sum(phases), per_step),
         "phase_operators": _rounded(_operators_by_phase(events), per_step),
-        "groups": _rounded(_groups(list(by_module.events())), per_step),
+        "groups": _rounded(_groups(list(by_module.events())), 1e3 / _STEPS_A_TURN),
         "top_operators": _top(events, num_steps),
         "num_tokens_a_sequence": round(
             sum(sequence.num_tokens for sequence in sequences) / len(sequences), 1
