@@ -1,11 +1,10 @@
 """Where the time of a step goes: torch's profiler over steps in which all sequences decode.
 
 Times are of the thread that steps. A product's time is how long its outermost operator took, from
-profiled steps; a step's time is from steps without the profiler, in short turns with those. So the
-share outside the products, `1 - products / step`, is blown up neither by the profiler's own cost nor
-by a memory that is faster in one half of a second than in the other. The groups come from a third
-set of steps, in which each module opens a range of its own: an operator belongs to the innermost
-module around it.
+profiled steps; a step's time is from steps without the profiler, in short turns with those. So
+neither the profiler's own cost nor a memory whose speed changes from second to second gets into the
+share outside the products, `1 - products / step`. The groups come from a third set of steps, in
+which each module opens a range of its own: an operator belongs to the innermost module around it.
 """
 
 from __future__ import annotations
