@@ -43,7 +43,7 @@ class _Pass(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What the output head reads behind `rows`, `[1, num_rows, hidden_size]`."""
+        """What the output head reads behind `rows`, `[num_rows, hidden_size]`."""
         token_ids, positions, rows, slots, spans, tables = inputs
         self.model(
             input_ids=token_ids,
@@ -53,7 +53,7 @@ class _Pass(nn.Module):
             logits_to_keep=rows,
             packed=GraphBatch(spans, tables),
         )
-        return take_states(self.model)
+        return take_states(self.model)[0]
 
 
 class CompiledPass:
@@ -98,7 +98,7 @@ class CompiledPass:
         """
         # A graph wants at least one.
         (states,) = self._graph(*self._inputs(packed, token_ids, positions, rows or [0]))
-        return states[0, : len(rows)]
+        return states if rows else states[:0]
 
     def _inputs(
         self, packed: PackedBatch, token_ids: list[int], positions: list[int], rows: list[int]

@@ -45,8 +45,12 @@ def select(
     ends = accumulate(s.num_rows for s in batch)
     rows = {s: range(end - s.num_rows, end) for s, end in zip(batch, ends, strict=True)}
     # A greedy request needs the likeliest token alone, which takes far less than all logits.
-    greedy = [s for s in batch if s.sequence.params.is_greedy and not is_adjusted(s.sequence)]
-    others = [s for s in batch if s not in set(greedy)]
+    greedy: list[ScheduledSequence] = []
+    others: list[ScheduledSequence] = []
+    for scheduled in batch:
+        sequence = scheduled.sequence
+        is_plain = sequence.params.is_greedy and not is_adjusted(sequence)
+        (greedy if is_plain else others).append(scheduled)
     selections: dict[ScheduledSequence, Selection] = {}
     if greedy:
         token_ids = output.likeliest(_joined(greedy, rows))

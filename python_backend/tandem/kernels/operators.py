@@ -78,11 +78,12 @@ class LoadedGraph:
         names = torch.ops.tandem.graph_constants(self._graph)
         self._tensors = {name: tensors[name] for name in names}
         torch.ops.tandem.set_constants(self._graph, self._tensors)
+        self._run = torch.ops.tandem.run_graph.default
         self._operators = operators  # lives as long
 
     def __call__(self, inputs: Items[Tensor]) -> list[Tensor]:
         """Runs it on one thread at a time; Python's other threads go on meanwhile."""
-        outputs: list[Tensor] = torch.ops.tandem.run_graph(self._model, self._graph, list(inputs))
+        outputs: list[Tensor] = self._run(self._model, self._graph, list(inputs))
         return outputs
 
 
