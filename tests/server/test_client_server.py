@@ -214,7 +214,8 @@ def test_stats_show_what_the_server_does(server: TritonServer, client: Client) -
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
     assert figures["num_running"] == 1
-    assert figures["tokens_per_second"] >= figures["steps_per_second"] > 0
+    # A token a step at least, but the two counters reach the server one after the other.
+    assert figures["tokens_per_second"] > 0.9 * figures["steps_per_second"] > 0
     assert 0 < figures["kv_cache_usage"] < 1
     drafter = figures["drafters"]["ngram"]
     assert 0 <= drafter["acceptance_rate"] <= 1
