@@ -34,7 +34,9 @@ from tandem_bench.noise import foreign_share, read_rate
 from tandem_bench.settings import Settings, bar
 from tandem_bench.workload import repeat_to_fill
 
-_WARM_UP_STEPS, _STEPS_A_TURN = 6, 8
+_WARM_UP_STEPS = 6
+# With the profiler and without, in turns.
+_NUM_TURNS, _STEPS_A_TURN = 8, 8
 _PHASE, _GROUP = "phase:", "group:"
 # Matrix products: linear layers, attention, the head, and what a drafter multiplies.
 PRODUCT = re.compile(
@@ -105,16 +107,8 @@ def run(settings: Settings) -> None:
             shown.advance()
 
 
-def profile_steps(
-    engine: Engine,
-    prompts: Items[list[int]],
-    drafter: str,
-    num_turns: int = 8,
-) -> dict[str, Any]:
+def profile_steps(engine: Engine, prompts: Items[list[int]], drafter: str) -> dict[str, Any]:
     """Decodes all prompts at once and says where the time went.
-
-    Args:
-        num_turns: how often steps with and without the profiler take turns.
 
     Returns:
         Milliseconds a step: `step_ms`, `products_ms`, `phases` (without the profiler), `groups`
@@ -145,7 +139,7 @@ def profile_steps(
         rate, foreign = read_rate(), foreign_share()
         seconds = profiled_seconds = 0.0
         phases, events = list[tuple[str, float]](), list[FunctionEvent]()
-        for _ in range(num_turns):
+        for _ in range(_NUM_TURNS):
             marked.phases.clear()
             seconds += steps(_STEPS_A_TURN)
             phases += marked.phases
@@ -165,7 +159,7 @@ def profile_steps(
         for sequence in sequences:
             engine.cancel(sequence)
         engine.step()
-    num_steps = num_turns * _STEPS_A_TURN
+    num_steps = _NUM_TURNS * _STEPS_A_TURN
     per_step = 1e3 / num_steps
     products = sum(e.cpu_time_total for e in events if _is_outermost(e, PRODUCT)) / 1e6
     operators = sum(e.cpu_time_total for e in events if _is_outermost(e, _OPERATOR)) / 1e6
