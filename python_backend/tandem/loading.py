@@ -28,7 +28,7 @@ from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.head import OutputHead
 from tandem.kernels import fuse_norms
 from tandem.kv_cache import KVCache
-from tandem.packing import can_pack, fix_tiles, joinable, pack_linears
+from tandem.packing import can_pack, fix_tiles, joinable, keep_few_products, pack_linears
 from tandem.probing import (
     NUM_PROBE_TOKENS,
     check_kernels,
@@ -86,6 +86,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     dtype, device = resolve(config.dtype, config.device)
     if config.batch_invariant:
         check_kernels(dtype, device)
+    keep_few_products()
     model = load_model(config.verifier, dtype, device)
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN

@@ -23,10 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tandem.kernels import exp_sums
 from tandem.params import SamplingParams
 
 _BLOCK = 256
-_FIRST_NUCLEUS = 1024
+# How many of the largest scores are sorted at first, and how many times more where they don't do.
+_FIRST_SORTED, _GROWTH = 128, 4
 _MAX_UNIFORM = 1 - 2**-24
 
 
@@ -89,7 +91,7 @@ class _Rows:
     index: Tensor
     key: Tensor
     temperature: Tensor
-    top_k: list[int]
+    top_k: Tensor
     top_p: Tensor
     min_p: Tensor
 
@@ -113,7 +115,7 @@ class _Rows:
                 integers([draw.position for draw in chosen]),
             ),
             temperature=column([draw.params.temperature for draw in chosen]),
-            top_k=[draw.params.top_k for draw in chosen],
+            top_k=integers([draw.params.top_k for draw in chosen]),
             top_p=column([draw.params.top_p for draw in chosen]),
             min_p=column([draw.params.min_p for draw in chosen]),
         )
@@ -188,7 +190,7 @@ def _sample_rows(logits: Tensor, rows: _Rows, token_ids: Tensor | None) -> Tenso
     noise = gumbel(rows.key, token_of(every_row, best_index).unsqueeze(1))
     # What can't catch up with the likeliest token, whatever its noise, needs none.
     to_beat = best.unsqueeze(1) + noise
-    floor = _floor(logits, best.unsqueeze(1), rows)
+    floor = _floor(groups, group_best, rows)
     row, group = ((group_best >= floor) & (group_best + limit >= to_beat)).nonzero(as_tuple=True)
     scores = groups[row, group].float() / rows.temperature[row]  # [num_live_groups, group_size]
     live = (scores >= floor[row]) & (scores + limit[row, group].unsqueeze(1) >= to_beat[row])
@@ -229,55 +231,56 @@ def _argmax_by_row(values: Tensor, row: Tensor, candidate: Tensor, num_rows: int
     return first.scatter_reduce(0, row[winners], candidate[winners], "amin", include_self=False)
 
 
-def _floor(logits: Tensor, best: Tensor, rows: _Rows) -> Tensor:
+def _floor(groups: Tensor, group_best: Tensor, rows: _Rows) -> Tensor:
     """The lowest score, `[num_rows, 1]`, that top-k, top-p and min-p let through; ties stay in.
 
-    The order is temperature, top-k, top-p on what top-k left, min-p, as in transformers.
+    The order is temperature, top-k, top-p on what top-k left, min-p, as in transformers. Of the
+    scores only the largest are sorted: some first, and more in the rows where these don't tell.
     """
-    floor = torch.full_like(best, float("-inf"))
-    num_candidates = logits.shape[1]
-    limits = [k if 0 < k < num_candidates else num_candidates for k in rows.top_k]
-    limited = [k for k in limits if k < num_candidates]
-    has_nucleus = bool((rows.top_p < 1).any())
-    if limited or has_nucleus:
-        scores = logits.float() / rows.temperature
-    if limited:
-        values = _largest(scores, max(limited))
-        last = torch.tensor(limits, device=scores.device).clamp_(max=values.shape[1]) - 1
-        kth = values.gather(1, last.unsqueeze(1))
-        unlimited = [[k == num_candidates] for k in limits]
-        floor = kth.masked_fill(torch.tensor(unlimited, device=scores.device), float("-inf"))
-    if has_nucleus:
-        floor = torch.maximum(floor, _nucleus_floor(scores, floor, rows.top_p))
-    return torch.maximum(floor, best + rows.min_p.log())
+    num_candidates = groups.shape[1] * groups.shape[2]
+    best = group_best.amax(dim=-1, keepdim=True)
+    floor = best + rows.min_p.log()
+    is_limited = (rows.top_k > 0) & (rows.top_k < num_candidates)
+    has_nucleus = rows.top_p < 1
+    needs_mass = _places(has_nucleus & ~is_limited)
+    mass = torch.ones_like(best)
+    if len(needs_mass):
+        mass[needs_mass] = exp_sums(
+            groups.flatten(1), needs_mass, rows.temperature[needs_mass], best[needs_mass]
+        )
+    left, size = _places(has_nucleus | is_limited), min(_FIRST_SORTED, num_candidates)
+    while len(left):
+        scores = _largest(groups, group_best, left, size).float() / rows.temperature[left]
+        limited, top_p = is_limited[left], rows.top_p[left]
+        kth = scores.gather(1, rows.top_k[left].clamp(1, size) - 1).where(limited, -torch.inf)
+        chances = (scores - best[left]).exp().where(scores >= kth, 0)
+        total = chances.sum(dim=-1, keepdim=True).where(limited, mass[left])
+        reached = chances.cumsum(dim=-1) >= top_p * total
+        # The nucleus ends with the first token that reaches top_p.
+        last = (~reached).sum(dim=-1, keepdim=True).clamp_(max=size - 1)
+        lowest = kth.maximum(scores.gather(1, last).where(has_nucleus[left], -torch.inf))
+        # All that tie with the last that top-k leaves must be among the sorted.
+        is_known = torch.where(limited, scores[:, -1:] < kth, reached[:, -1:]).squeeze(1)
+        if size == num_candidates:
+            is_known = torch.ones_like(is_known)
+        known = left[is_known]
+        floor[known] = floor[known].maximum(lowest[is_known])
+        left, size = left[~is_known], min(size * _GROWTH, num_candidates)
+    return floor
 
 
-def _nucleus_floor(scores: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
-    left = scores.masked_fill(scores < floor, float("-inf"))
-    total = left.logsumexp(dim=-1, keepdim=True)
-    size = min(_FIRST_NUCLEUS, scores.shape[1])
-    while True:
-        values = _largest(left, size)
-        reached = (values - total).exp().cumsum(dim=-1)
-        if size == scores.shape[1] or bool(((reached[:, -1:] >= top_p) | (top_p >= 1)).all()):
-            break
-        size = min(size * 16, scores.shape[1])
-    # The nucleus ends with the first token that reaches top_p.
-    last = (reached < top_p).sum(dim=-1, keepdim=True).clamp_(max=size - 1)
-    return values.gather(1, last).masked_fill(top_p >= 1, float("-inf"))
+def _places(column: Tensor) -> Tensor:
+    """The rows of a column that are true."""
+    return column.squeeze(1).nonzero().squeeze(1)
 
 
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """The `count` largest scores of each row in descending order.
+def _largest(groups: Tensor, group_best: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The `count` largest logits of each of some rows in descending order.
 
-    They all lie in the `count` blocks with the largest maxima, which is far less to sort than a
+    They all lie in the `count` groups with the largest maxima, which is far less to sort than a
     whole vocabulary.
     """
-    num_rows, num_candidates = scores.shape
-    num_blocks = num_candidates // _BLOCK
-    if num_candidates % _BLOCK or count * 2 > num_blocks:
-        return scores.topk(count, dim=-1).values
-    blocks = scores.view(num_rows, num_blocks, _BLOCK)
-    top = blocks.amax(dim=-1).topk(count, dim=-1).indices
-    kept = blocks.gather(1, top.unsqueeze(-1).expand(-1, -1, _BLOCK))
-    return kept.view(num_rows, -1).topk(count, dim=-1).values
+    if count * 2 > groups.shape[1]:
+        return groups[rows].flatten(1).topk(count, dim=-1).values
+    top = group_best[rows].topk(count, dim=-1).indices
+    return groups[rows.unsqueeze(1), top].flatten(1).topk(count, dim=-1).values

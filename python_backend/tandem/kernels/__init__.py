@@ -1,6 +1,7 @@
 """C and C++ for what torch has no fast operation for on a CPU."""
 
 from tandem.kernels.attention import AttentionKernel, Queries, attention_kernel
+from tandem.kernels.exp_sums import exp_sums
 from tandem.kernels.likeliest import LikeliestToken, likeliest_token
 from tandem.kernels.operators import Operators, operators
 from tandem.kernels.rms_norm import FusedRMSNorm, fuse_norms
@@ -12,6 +13,7 @@ __all__ = [
     "Operators",
     "Queries",
     "attention_kernel",
+    "exp_sums",
     "fuse_norms",
     "likeliest_token",
     "operators",

@@ -62,3 +62,19 @@ INLINE float sum(Lanes value) {
   return lanes[0];
 }
 
+// e^x for x <= 0, to about one unit in the last place (the polynomial is Cephes' expf).
+INLINE Lanes exponential(Lanes x) {
+  Lanes bounded = (Lanes)((Ints)x & (x > -87.0f));
+  Ints power = __builtin_convertvector(bounded * 1.44269504f - 0.5f, Ints);
+  Lanes n = __builtin_convertvector(power, Lanes);
+  Lanes r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  p *= (Lanes)((power + 127) << 23);
+  // 0 where x is too small; no number where x is none.
+  return (Lanes)((Ints)p & (x > -87.0f)) + (x - x);
+}
