@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from doubles import plain, prompt_of
 from tandem import ConfigError, Engine, EngineConfig, SamplingParams
-from tandem.kernels import FusedRMSNorm, attention_kernel, fuse_norms, likeliest_token
+from tandem.kernels import FusedRMSNorm, attention_kernel, exp_sums, fuse_norms, likeliest_token
 from tandem.kernels.build import library
 from tiny_engines import DEVICE, TinyModels
 
@@ -54,6 +54,27 @@ def test_a_norm_that_is_none_of_them_stays() -> None:
     model = nn.ModuleList([OddRMSNorm(16), nn.LayerNorm(16)])
     fuse_norms(model)
     assert [type(each) for each in model] == [OddRMSNorm, nn.LayerNorm]
+
+
+# --- sums of exponentials
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_candidates", [256, 4096, 50257])
+def test_exp_sums_equal_torchs(num_candidates: int, dtype: torch.dtype) -> None:
+    """Forbidden tokens count nothing, a row that is no number gives none, rows change no other."""
+    logits = (torch.randn(9, num_candidates) * 5).to(dtype)
+    logits[2, ::2] = -torch.inf
+    logits[3, 7] = torch.nan
+    rows = torch.tensor([8, 0, 2, 3, 5])
+    temperature = torch.tensor([[1.0], [0.3], [2.0], [1.0], [1.0]])
+    scores = logits[rows].double() / temperature
+    highest = scores.amax(dim=-1, keepdim=True)
+    found = exp_sums(logits, rows, temperature, highest.float())
+    expected = (scores - highest).exp().sum(dim=-1, keepdim=True).float()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, equal_nan=True)
+    alone = exp_sums(logits, rows[1:2], temperature[1:2], highest[1:2].float())
+    assert torch.equal(alone, found[1:2])
 
 
 # --- the likeliest token

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -130,3 +133,24 @@ def test_products_that_depend_on_other_rows_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(PackedLinear, "_multiply", lambda self, x: multiply(self, x) + x.sum())
     with pytest.raises(UnsupportedModelError, match="8 x 16 depends on the other rows"):
         fix_tiles(nn.ModuleList([PackedLinear(nn.Linear(16, 8))]))
+
+
+def test_products_of_many_row_counts_leave_little_in_memory() -> None:
+    """A process of its own, as the bound holds from a process's first product on."""
+    program = """
+import psutil, torch
+from tandem.packing import PackedLinear, keep_few_products
+keep_few_products()
+layers = [PackedLinear(torch.nn.Linear(256, 256 + 16 * i, bias=False)) for i in range(8)]
+sizes = []
+with torch.inference_mode():
+    for stop in (64, 256):
+        for num_rows in range(1, stop):
+            rows = torch.ones(num_rows, 256)
+            for layer in layers:
+                layer(rows)
+        sizes.append(psutil.Process().memory_info().rss)
+print(sizes[1] - sizes[0])
+"""
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert int(output.stdout) < 100e6

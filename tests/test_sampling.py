@@ -121,9 +121,26 @@ def test_sample_of_a_whole_vocabulary_in_bfloat16(vocab_size: int) -> None:
     """Whole blocks of 256 tokens and a size that leaves a rest; ties abound in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, vocab_size, generator=generator) * 4).bfloat16()
-    for params in ({}, {"top_k": 64}, {"min_p": 0.1}, {"top_p": 0.5}, {"top_k": 900, "top_p": 0.9}):
+    limits = [{}, {"top_k": 64}, {"min_p": 0.1}, {"top_p": 0.5}, {"top_k": 900, "top_p": 0.9}]
+    for params in (*limits, {"top_p": 0.999}):
         draws = draws_for(3, temperature=1.0, **params)
         assert sample(logits, draws).tolist() == reference(logits, draws)
+
+
+@pytest.mark.parametrize("num_tied", [90, 2000])
+def test_all_that_tie_with_the_last_of_top_k_stay(num_tied: int) -> None:
+    """As in transformers, and top-p is a share of them all, though fewer are sorted at first."""
+    logits = torch.randn(40, 50257, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[:, 100 : 100 + num_tied] = 9.0
+    draws = draws_for(40, temperature=1.0, top_k=10)
+    found = sample(logits, draws).tolist()
+    assert found == reference(logits, draws)
+    assert max(found) > 100 + num_tied / 2
+
+    logits[:, :2] = torch.tensor([12.0, 11.5])
+    mass = 1 + math.exp(-0.5) + num_tied * math.exp(-3)
+    draws = draws_for(40, temperature=1.0, top_k=10, top_p=1.1 / mass)
+    assert set(sample(logits, draws).tolist()) == {0, 1}
 
 
 def test_rows_that_are_not_numbers_get_a_token_all_the_same() -> None:

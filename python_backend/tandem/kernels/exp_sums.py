@@ -28,21 +28,19 @@ def exp_sums(logits: Tensor, rows: Tensor, temperature: Tensor, highest: Tensor)
     found = library(logits.device, logits.dtype)
     if found is None or num_candidates % _BLOCK or not logits.is_contiguous():
         # In parts: a float32 copy of all logits would be larger than any cache.
+        columns = (torch.split(each, _ROWS_AT_ONCE) for each in (rows, temperature, highest))
         parts = [
-            (logits[row].float() / each - most).exp().sum(dim=-1, keepdim=True)
-            for row, each, most in zip(
-                *(column.split(_ROWS_AT_ONCE) for column in (rows, temperature, highest)),
-                strict=True,
-            )
+            (logits[row].float() / divisor - most).exp().sum(dim=-1, keepdim=True)
+            for row, divisor, most in zip(*columns, strict=True)
         ]
         return torch.cat(parts)
     run = found.exp_sums
     run.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int] * 3
     run.restype = None
     sums = torch.empty_like(temperature)
-    columns = (rows.contiguous(), temperature.contiguous(), highest.contiguous(), sums)
+    given = (logits, rows.contiguous(), temperature.contiguous(), highest.contiguous())
     run(
-        *(tensor.data_ptr() for tensor in (logits, *columns)),
+        *(tensor.data_ptr() for tensor in (*given, sums)),
         *(len(rows), num_candidates, torch.get_num_threads()),
     )
     return sums
