@@ -171,6 +171,19 @@ def test_answers_are_compared_in_every_way(tiny: TinyModels, tmp_path: Path) -> 
     assert "| batch_invariant true, temperature 1 | 2/2 same, " in text
 
 
+def test_a_profile_is_the_median_of_its_rounds(tiny: TinyModels, tmp_path: Path) -> None:
+    write_model(tiny, tmp_path)
+    subprocess.run(bench("profile", tmp_path, "--rounds", "3"), check=True, timeout=300)
+    cells = read(tmp_path / "out" / "profile.json")["cells"]
+    assert list(cells) == ["none c1", "ngram c1", "none c2", "ngram c2"]
+    for cell in cells.values():
+        assert cell["shares"] == sorted(cell["shares"])
+        assert cell["share_outside_products"] == cell["shares"][1]
+        assert cell["share_outside_products"] == pytest.approx(
+            1 - cell["products_ms"] / cell["step_ms"], abs=0.01
+        )
+
+
 @pytest.mark.slow
 def test_the_engine_part_goes_on_where_it_was_stopped(tiny: TinyModels, tmp_path: Path) -> None:
     write_model(tiny, tmp_path)

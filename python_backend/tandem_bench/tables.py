@@ -188,12 +188,13 @@ def profile(cells: Cells) -> str:
             f"{cell['step_ms']:.1f}",
             f"{cell['products_ms']:.1f}",
             f"{cell['python_ms']:.1f}",
-            f"{cell['share_outside_products']:.0%}",
+            f"{cell['share_outside_products']:.1%}",
+            ", ".join(f"{share:.1%}" for share in cell["shares"]),
         ]
         for name, cell in cells.items()
     ]
     header = ["drafter, concurrency", "step, ms", "products", "no operator running"]
-    parts = [table([*header, "outside products"], rows)]
+    parts = [table([*header, "outside products", "in each round"], rows)]
     for name, cell in cells.items():
         groups = [[group, f"{ms:.2f}"] for group, ms in cell["groups"].items() if ms >= 0.05]
         parts.append(f"Operators by phase and kind, {name}:\n")
