@@ -127,7 +127,7 @@ def test_a_killed_pod_takes_only_its_own_streams_along(pods: list[Pod], envoy: E
         killed_at = time.monotonic()
         assert pods[0].probe("/ready") == 0
         running = set(load.running)
-        wait_until(lambda: load.num_started > NUM_STREAMS // 2, seconds=60)
+        wait_until(lambda: load.num_started > NUM_STREAMS // 2, seconds=240)
         load.wanted = load.num_started
     # Of those that ran, the pod's own; of those that came later, none.
     assert 1 <= len(load.errors) < len(running)
