@@ -16,7 +16,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from transformers.generation import TopPLogitsWarper
 
 from doubles import prompt_of, run
-from tandem import SamplingParams
+from tandem import SamplingParams, sampling
 from tandem.sampling import Draw, block_gumbel, gumbel, sample, splitmix64
 from tiny_engines import TinyModels
 
@@ -141,6 +141,23 @@ def test_all_that_tie_with_the_last_of_top_k_stay(num_tied: int) -> None:
     mass = 1 + math.exp(-0.5) + num_tied * math.exp(-3)
     draws = draws_for(40, temperature=1.0, top_k=10, top_p=1.1 / mass)
     assert set(sample(logits, draws).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("params", [{"top_k": 64}, {"top_p": 0.9}, {"top_k": 64, "top_p": 0.9}])
+def test_where_few_tokens_are_allowed_few_are_sorted(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a grammar leaves them."""
+    logits = torch.full((4, 32768), -torch.inf)
+    logits[:, 5:15] = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    draws = draws_for(4, temperature=1.0, **params)
+    counts = []
+    largest = sampling._largest
+    monkeypatch.setattr(
+        sampling, "_largest", lambda *given: (counts.append(given[-1]), largest(*given))[1]
+    )
+    assert sample(logits, draws).tolist() == reference(logits, draws)
+    assert counts == [128]
 
 
 def test_rows_that_are_not_numbers_get_a_token_all_the_same() -> None:

@@ -259,8 +259,11 @@ def _floor(groups: Tensor, group_best: Tensor, rows: _Rows) -> Tensor:
         # The nucleus ends with the first token that reaches top_p.
         last = (~reached).sum(dim=-1, keepdim=True).clamp_(max=size - 1)
         lowest = kth.maximum(scores.gather(1, last).where(has_nucleus[left], -torch.inf))
-        # All that tie with the last that top-k leaves must be among the sorted.
-        is_known = torch.where(limited, scores[:, -1:] < kth, reached[:, -1:]).squeeze(1)
+        # All that tie with the last that top-k leaves must be among the sorted. Behind a forbidden
+        # one there are only others.
+        lowest_sorted = scores[:, -1:]
+        is_known = torch.where(limited, lowest_sorted < kth, reached[:, -1:])
+        is_known = (is_known | (lowest_sorted == -torch.inf)).squeeze(1)
         if size == num_candidates:
             is_known = torch.ones_like(is_known)
         known = left[is_known]
