@@ -33,11 +33,14 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
-        text = ""
-        for token_id in token_ids:
-            self._token_ids.append(token_id)
-            text += self._take(final=False)
-        return text
+        token_ids = list(token_ids)
+        self._token_ids += token_ids
+        text = self._take(final=False)
+        if text or len(token_ids) < 2:
+            return text
+        # The last of them ends within a character, but not those before it.
+        del self._token_ids[-len(token_ids) :]
+        return "".join(self.push([token_id]) for token_id in token_ids)
 
     def flush(self) -> str:
         """What is left at the end; half a character comes out as U+FFFD."""

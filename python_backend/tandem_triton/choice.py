@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence as Items
 from typing import Any
 
 import numpy as np
@@ -46,30 +47,34 @@ class Choice:
         self._new_logprobs: list[float] = []
         self._cumulative_logprob = 0.0
 
-    def add(self, delta: Delta, time_of_step: float) -> None:
-        """Adds what a step brought."""
+    def add(self, news: Items[tuple[float, Delta]]) -> None:
+        """Adds what steps brought, each with its time (`time.monotonic`)."""
         if self._first_token_at is None:
-            self._first_token_at = time_of_step
-        self._last_token_at = time_of_step
-        self.ended = delta.finish_reason is not None
-        split = delta.num_accepted_tokens
-        shown = shown_ids(self._sequence, delta.token_ids) if self.ended else delta.token_ids
-        accepted = self._shown.push(shown[:split])
-        text = accepted + self._shown.push(shown[split:])
-        if self.ended:
-            text += self._shown.flush()
+            self._first_token_at = news[0][0]
+        self._last_token_at = news[-1][0]
+        deltas = [delta for _, delta in news]
+        self.ended = deltas[-1].finish_reason is not None
+        token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
+        shown = shown_ids(self._sequence, token_ids) if self.ended else token_ids
         # Text of accepted drafts comes first in a response of one step; in others there is no such
         # place.
-        self._accepted_text_length = 0 if self.text else len(accepted)
-        self.text += text
-        self._counts.update(
-            num_output_tokens=len(delta.token_ids),
-            num_drafts=int(delta.num_draft_tokens > 0),
-            num_draft_tokens=delta.num_draft_tokens,
-            num_accepted_tokens=split,
-        )
-        self._token_ids += delta.token_ids
-        self._is_accepted_draft += [place < split for place in range(len(delta.token_ids))]
+        split = 0 if self.text or len(deltas) > 1 else deltas[0].num_accepted_tokens
+        accepted = self._shown.push(shown[:split])
+        self._accepted_text_length = len(accepted)
+        self.text += accepted + self._shown.push(shown[split:])
+        if self.ended:
+            self.text += self._shown.flush()
+        self._token_ids += token_ids
+        for delta in deltas:
+            self._count(delta)
+
+    def _count(self, delta: Delta) -> None:
+        num_tokens, num_accepted = len(delta.token_ids), delta.num_accepted_tokens
+        self._counts["num_output_tokens"] += num_tokens
+        self._counts["num_drafts"] += delta.num_draft_tokens > 0
+        self._counts["num_draft_tokens"] += delta.num_draft_tokens
+        self._counts["num_accepted_tokens"] += num_accepted
+        self._is_accepted_draft += [place < num_accepted for place in range(num_tokens)]
         for logprob in delta.logprobs:
             self._cumulative_logprob += logprob.logprob
             self._new_logprobs.append(logprob.logprob)

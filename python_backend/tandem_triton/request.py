@@ -138,8 +138,10 @@ class Request:
         sequence, reason = news[-1][1].sequence, news[-1][1].finish_reason
         has_failed = reason in (FinishReason.CANCELLED, FinishReason.ERROR)
         choice = self._choices[sequence]
-        for time_of_step, delta in news[:-1] if has_failed else news:
-            choice.add(delta, time_of_step)
+        if has_failed:  # which brought nothing
+            news = news[:-1]
+        if news:
+            choice.add(news)
         if reason is not None and not has_failed:
             choice.observe(self._metrics)
         is_last = all(each.ended for each in self._choices.values())
