@@ -16,8 +16,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from doubles import plain, prompt_of
 from tandem import ConfigError, Engine, EngineConfig, SamplingParams
+from tandem.blocked_matrix import BlockedMatrix
 from tandem.kernels import FusedRMSNorm, attention_kernel, exp_sums, fuse_norms, likeliest_token
 from tandem.kernels.build import library
+from tandem.packing import can_pack
 from tiny_engines import DEVICE, TinyModels
 
 CPU = torch.device("cpu")
@@ -105,9 +107,16 @@ def test_the_likeliest_token_is_found(
     head[1::3] = head[: len(head) - 1 : 3][: len(head[1::3])] * (1 + 1e-3)
     head = head.to(dtype).contiguous()
     states = (torch.randn((num_rows, dim), generator=generator) * spread).to(dtype)
-    found = likeliest_token(head)
+    found = likeliest_token(BlockedMatrix.plain(head))
     assert found is not None
     token_ids = found(states)
+    if vocab_size > 1 and can_pack(CPU, dtype):
+        # Read where oneDNN has put it, the head is the same.
+        matrix = BlockedMatrix.packed(torch.ops.mkldnn._reorder_linear_weight(head, 16))
+        assert matrix is not None
+        from_packed = likeliest_token(matrix)
+        assert from_packed is not None
+        assert from_packed(states) == token_ids
     scores, best = exact(states, head)
     chosen = scores.gather(1, torch.tensor(token_ids).unsqueeze(1))
     size = head.double().norm(dim=1).max() * states.double().norm(dim=1, keepdim=True)
@@ -123,14 +132,14 @@ def test_the_likeliest_token_is_found(
 
 def test_the_first_of_equal_tokens_is_taken() -> None:
     head = torch.randn(16, 8).repeat(20, 1)
-    found = likeliest_token(head)
+    found = likeliest_token(BlockedMatrix.plain(head))
     assert found is not None
     states = torch.randn(9, 8)
     assert found(states) == (states @ head[:16].T).argmax(dim=-1).tolist()
 
 
 def test_states_that_are_no_numbers_have_no_token() -> None:
-    found = likeliest_token(torch.randn(100, 8))
+    found = likeliest_token(BlockedMatrix.plain(torch.randn(100, 8)))
     assert found is not None
     states = torch.randn(4, 8)
     states[1, 3], states[2, 5] = float("nan"), float("inf")
@@ -140,7 +149,7 @@ def test_states_that_are_no_numbers_have_no_token() -> None:
 def test_too_many_candidates_are_left_to_others() -> None:
     """A state of zeros likes all tokens the same."""
     head = torch.randn(100_000, 8)
-    found = likeliest_token(head)
+    found = likeliest_token(BlockedMatrix.plain(head))
     assert found is not None
     assert found(torch.stack([torch.zeros(8), torch.ones(8)]))[0] == -1
 

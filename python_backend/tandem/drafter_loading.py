@@ -12,7 +12,7 @@ from tandem.drafters.ngram import NgramDrafter
 from tandem.errors import ConfigError
 from tandem.kernels import fuse_norms
 from tandem.loading import LoadedVerifier, load_model
-from tandem.packing import can_pack, pack_linears
+from tandem.packing import can_pack, pack_linears, release_file
 
 
 def load_drafters(config: EngineConfig, verifier: LoadedVerifier) -> dict[str, Drafter]:
@@ -59,6 +59,7 @@ def _load_mtp_drafter(
         assistant.attach(verifier.model)
         if packs:
             pack_linears(assistant, int8=True)
+            release_file(assistant)
         return TrainedDrafter(
             assistant, verifier.model, verifier.cache, enforce_eager=enforce_eager
         )
@@ -71,4 +72,5 @@ def _load_mtp_drafter(
         # The centroid head picks rows of this weight.
         keep = assistant.lm_head if assistant.masked_embedding else None
         pack_linears(assistant, keep, int8=True)
+        release_file(assistant)
     return Gemma4Drafter(assistant, verifier.model, verifier.cache)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tandem.blocked_matrix import BlockedMatrix
 from tandem.kernels import LikeliestToken, likeliest_token
+from tandem.packing import PackedLinear
 from tandem.sampling import largest
 
 
@@ -40,19 +42,27 @@ class OutputHead(nn.Module):
         self.states = states
         return states if self.is_deferred else self._head(states)
 
-    def examine(self, logits: Tensor, embeddings: nn.Module) -> None:
+    def examine(self, logits: Tensor) -> None:
         """Finds out whether the model does nothing with logits that `logits` doesn't do too.
 
         Args:
             logits: what it made of the states that it gave last, `[num_rows, vocab_size]`.
-            embeddings: its input embeddings.
         """
         assert self.states is not None
         self._can_defer = torch.equal(self.logits(self.states)[0], logits)
-        # A head that isn't the embeddings would have to be kept twice.
-        is_tied = self.weight.data_ptr() == embeddings.get_parameter("weight").data_ptr()
-        if self._can_defer and is_tied and getattr(self._head, "bias", None) is None:
-            self._likeliest = likeliest_token(self.weight.detach())
+
+    @property
+    def matrix(self) -> BlockedMatrix | None:
+        """Where the weights lie, if that is known."""
+        if isinstance(self._head, PackedLinear):
+            return self._head.matrix
+        return BlockedMatrix.plain(self.weight.detach())
+
+    def index(self) -> None:
+        """Prepares `likeliest`, once the weights lie where they stay."""
+        has_bias = getattr(self._head, "bias", None) is not None
+        if self._can_defer and not has_bias and (matrix := self.matrix) is not None:
+            self._likeliest = likeliest_token(matrix)
 
     def defer(self) -> None:
         """Takes the head out of the model's pass, if that can be."""

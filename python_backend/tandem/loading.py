@@ -28,7 +28,7 @@ from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.head import OutputHead
 from tandem.kernels import fuse_norms
 from tandem.kv_cache import KVCache
-from tandem.packing import can_pack, fix_tiles, joinable, keep_few_products, pack_linears
+from tandem.packing import can_pack, fix_tiles, joinable, keep_few_products, pack_model
 from tandem.probing import (
     NUM_PROBE_TOKENS,
     check_kernels,
@@ -103,11 +103,12 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     for name, each in models.items():
         with joinable(each) as groups[name]:
             probes[name] = probe(each)
-    head.examine(probes[None][1], model.get_input_embeddings())
+    head.examine(probes[None][1])
     for name, each in models.items():
         if can_pack(device, dtype):
-            pack_linears(each, groups=groups[name])
+            pack_model(each, groups[name])
         fuse_norms(each)
+    head.index()
     # They hold what has been replaced.
     del groups
     if config.batch_invariant:

@@ -12,14 +12,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
+from tandem.blocked_matrix import BlockedMatrix
 from tandem.errors import UnsupportedModelError
 from tandem.kernels import Operators
 from tandem.kernels.operators import linear as in_graph
+from tandem.tied_embedding import TiedEmbedding, read_from, tied_embedding
 
 # The number of rows that the layout is made for; others work as well.
 _ROWS = 16
@@ -62,6 +66,11 @@ class PackedLinear(nn.Module):
         """`[out_features, in_features]`, unpacked anew on each access."""
         dense: Tensor = self.packed.to_dense()
         return dense
+
+    @cached_property
+    def matrix(self) -> BlockedMatrix | None:
+        """Where the weights lie, if that is known."""
+        return BlockedMatrix.packed(self.packed)
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
@@ -265,3 +274,25 @@ def pack_linears(
             elif type(child) is nn.Linear and child is not keep:
                 rounds = int8 and child.bias is None and child.weight.numel() >= _INT8_SIZE
                 setattr(module, name, Int8Linear(child) if rounds else PackedLinear(child))
+
+
+def pack_model(model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
+    """Packs a model's linear layers, and lets embeddings that are its output head's weights be so.
+
+    Args:
+        groups: see `pack_linears`.
+    """
+    embedding = tied_embedding(model)
+    pack_linears(model, groups=groups)
+    matrix: BlockedMatrix | None = getattr(model.get_output_embeddings(), "matrix", None)
+    if embedding is not None and matrix is not None:
+        read_from(embedding, matrix)
+    release_file(model)
+
+
+def release_file(model: nn.Module) -> None:
+    """Copies what isn't packed: a single weight in the checkpoint's file keeps all of it mapped."""
+    for module in model.modules():
+        if not isinstance(module, TiedEmbedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()

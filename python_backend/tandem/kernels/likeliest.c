@@ -92,6 +92,8 @@ INLINE __m512i multiply(const uint8_t *weights, const int32_t *part, int offset,
 
 // The head: see `likeliest`.
 typedef struct {
+  const Element *exact;
+  int dim, num_groups, block, width;
   const uint8_t *weights;
   const float *scales, *errors, *norms;
   int num_steps;
@@ -146,9 +148,19 @@ INLINE void score_block(const Head *head, int block, const State *states, Found 
     consider(head, block, states + r, sums[r], found + r, capacity);
 }
 
+// A token's weights, one after the other.
+static void read_row(const Head *head, int token, Element *row) {
+  int64_t step = (int64_t)head->block * head->width;
+  const Element *from = head->exact + token / head->block * head->num_groups * step +
+                        token % head->block * head->width;
+  for (int group = 0; group < head->num_groups; group++)
+    memcpy(row + group * head->width, from + group * step, sizeof(Element) * head->width);
+}
+
 // The token with the largest score among the candidates, the first of equals; -1 if none is known.
-static int64_t best_of(const Element *head, const Element *state, int dim, const Found *found,
-                       int64_t stride, int num_threads) {
+static int64_t best_of(const Head *head, const Element *state, const Found *found, int64_t stride,
+                       int num_threads) {
+  int dim = head->dim;
   float least = -INFINITY, best = -INFINITY;
   int64_t token = -1;
   for (int t = 0; t < num_threads; t++) {
@@ -156,11 +168,12 @@ static int64_t best_of(const Element *head, const Element *state, int dim, const
     if (f->count < 0) return -1;
     least = f->least > least ? f->least : least;
   }
+  Element *weight = malloc(sizeof(Element) * head->num_groups * head->width);
   for (int t = 0; t < num_threads; t++) {
     const Found *f = found + t * stride;
     for (int i = 0; i < f->count; i++) {
       if (f->limits[i] < least) continue;
-      const Element *weight = head + (int64_t)f->tokens[i] * dim;
+      read_row(head, f->tokens[i], weight);
       Lanes products = {0};
       for (int d = 0; d < dim; d += LANES) {
         int count = dim - d < LANES ? dim - d : LANES;
@@ -173,19 +186,20 @@ static int64_t best_of(const Element *head, const Element *state, int dim, const
       }
     }
   }
+  free(weight);
   return isfinite(best) ? token : -1;
 }
 
-// states: [num_rows, dim]; head: [vocabulary, dim]; weights: the head's in blocks of 16 tokens,
-// [num_blocks, num_steps, 16, 4], rounded and with 128 added; scales, errors, norms: [num_blocks,
-// 16], what a unit is, how far a token's score may be off for a state of norm 1, and the norm of
-// its rounded weights. tokens: [num_rows], -1 where the state is no number, or too many tokens come
-// into question.
+// states: [num_rows, dim]; head: [vocabulary / block, num_groups, block, width]; weights: the head's
+// in blocks of 16 tokens, [num_blocks, num_steps, 16, 4], rounded and with 128 added; scales,
+// errors, norms: [num_blocks, 16], what a unit is, how far a token's score may be off for a state of
+// norm 1, and the norm of its rounded weights. tokens: [num_rows], -1 where the state is no number,
+// or too many tokens come into question.
 void likeliest(const Element *states, const Element *head, const uint8_t *weights,
                const float *scales, const float *errors, const float *norms, int64_t *tokens,
-               int num_rows, int dim, int num_blocks, int num_steps, int capacity,
-               int num_threads) {
-  Head rounded_head = {weights, scales, errors, norms, num_steps};
+               int num_rows, int dim, int num_groups, int block, int width, int num_blocks,
+               int num_steps, int capacity, int num_threads) {
+  Head whole = {head, dim, num_groups, block, width, weights, scales, errors, norms, num_steps};
   State *rounded = malloc(sizeof(State) * num_rows);
   int8_t *parts = malloc((size_t)8 * num_steps * num_rows);
   Found *found = malloc(sizeof(Found) * num_rows * num_threads);
@@ -203,10 +217,10 @@ void likeliest(const Element *states, const Element *head, const uint8_t *weight
     int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     Found *mine = found + (int64_t)thread * num_rows;
     int stop = (int64_t)num_blocks * (thread + 1) / threads;
-    for (int block = (int64_t)num_blocks * thread / threads; block < stop; block++) {
+    for (int i = (int64_t)num_blocks * thread / threads; i < stop; i++) {
       for (int r = 0; r < num_rows; r += ROWS) {
 #define SCORE(n) \
-  case n: score_block(&rounded_head, block, rounded + r, mine + r, capacity, n); break
+  case n: score_block(&whole, i, rounded + r, mine + r, capacity, n); break
         switch (num_rows - r < ROWS ? num_rows - r : ROWS) {
           SCORE(1); SCORE(2); SCORE(3); SCORE(4); SCORE(5); SCORE(6); SCORE(7); SCORE(8);
           SCORE(9); SCORE(10); SCORE(11); SCORE(12); SCORE(13); SCORE(14); SCORE(15); SCORE(16);
@@ -216,7 +230,7 @@ void likeliest(const Element *states, const Element *head, const uint8_t *weight
   }
 #pragma omp parallel for num_threads(num_threads)
   for (int r = 0; r < num_rows; r++)
-    tokens[r] = best_of(head, states + (int64_t)r * dim, dim, found + r, num_rows, num_threads);
+    tokens[r] = best_of(&whole, states + (int64_t)r * dim, found + r, num_rows, num_threads);
   free(rounded);
   free(parts);
   free(found);

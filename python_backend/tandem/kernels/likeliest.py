@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tandem.blocked_matrix import BlockedMatrix
 from tandem.kernels.build import library
 
 _LANES = 16
@@ -24,15 +25,15 @@ _STATE_STEPS = 32639
 class LikeliestToken:
     """Finds `argmax(head @ state)`, in float32 and with ties to the first token."""
 
-    def __init__(self, run: Any, head: Tensor) -> None:
+    def __init__(self, run: Any, head: BlockedMatrix) -> None:
         """Rounds the head.
 
         Args:
             run: the kernel.
-            head: `[vocab_size, hidden_size]`, contiguous; it is kept.
+            head: `[vocab_size, hidden_size]`; its memory is kept.
         """
         self._run = run
-        self._head = head
+        self._head = head.memory
         vocab_size, dim = head.shape
         self._num_blocks = -(-vocab_size // _LANES)
         self._num_steps = -(-dim // 4)
@@ -43,7 +44,7 @@ class LikeliestToken:
         self._errors = torch.full_like(self._scales, -torch.inf)
         self._norms = torch.zeros_like(self._scales)
         for start in range(0, vocab_size, _CHUNK):
-            self._round(start, head[start : start + _CHUNK].float())
+            self._round(start, head.rows(start, start + _CHUNK).float())
 
     def _round(self, start: int, rows: Tensor) -> None:
         count, dim = rows.shape
@@ -70,23 +71,25 @@ class LikeliestToken:
         """
         states = states.contiguous()
         num_rows, dim = states.shape
+        _, num_groups, block, width = self._head.shape
         token_ids = (ctypes.c_int64 * num_rows)()
         self._run(
             *(tensor.data_ptr() for tensor in (states, self._head, self._weights)),
             *(tensor.data_ptr() for tensor in (self._scales, self._errors, self._norms)),
             token_ids,
-            *(num_rows, dim, self._num_blocks, self._num_steps, _CAPACITY),
+            *(num_rows, dim, num_groups, block, width),
+            *(self._num_blocks, self._num_steps, _CAPACITY),
             torch.get_num_threads(),
         )
         return list(token_ids)
 
 
-def likeliest_token(head: Tensor) -> LikeliestToken | None:
+def likeliest_token(head: BlockedMatrix) -> LikeliestToken | None:
     """For a head's weight, or None where the processor has no fast products of 8 bits."""
-    found = library(head.device, head.dtype)
+    found = library(head.memory.device, head.memory.dtype)
     run = getattr(found, "likeliest", None)
-    if run is None or not head.is_contiguous():
+    if run is None:
         return None
-    run.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 6
+    run.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 9
     run.restype = None
     return LikeliestToken(run, head)
