@@ -88,7 +88,7 @@ def likeliest_token(head: BlockedMatrix) -> LikeliestToken | None:
     """For a head's weight, or None where the processor has no fast products of 8 bits."""
     found = library(head.memory.device, head.memory.dtype)
     run = getattr(found, "likeliest", None)
-    if run is None:
+    if run is None or not head.memory.is_contiguous():
         return None
     run.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 9
     run.restype = None
