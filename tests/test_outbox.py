@@ -99,27 +99,6 @@ def test_responses_take_a_share_of_the_time(clock: _Clock) -> None:
     assert min(counts) > 1
 
 
-def test_an_end_is_followed_by_others_text(clock: _Clock) -> None:
-    """For as long as the next request may take to come, at the expense of what follows."""
-    outbox = Outbox()
-    running = [(_Request(clock), _sequence(i)) for i in range(20)]
-    for request, sequence in running:
-        _step(outbox, request, sequence)
-    outbox.send_due(0.0)
-    for request, sequence in running:
-        _step(outbox, request, sequence, ends=sequence is running[0][1])
-    start = clock.now
-    outbox.send_due(0.0)
-    assert running[0][0].responses[-1] == [1]
-    lingered = clock.now - start - _COST
-    assert 0 <= lingered - tandem_triton.outbox._LINGER_SECONDS <= _COST
-    sent = sum(len(request.responses) for request, _ in running)
-    for request, sequence in running[1:]:
-        _step(outbox, request, sequence)
-    outbox.send_due(lingered / tandem_triton.outbox._SHARE / 2)
-    assert sum(len(request.responses) for request, _ in running) == sent
-
-
 def test_nobody_waits_for_long(clock: _Clock) -> None:
     outbox = Outbox()
     request, sequence = _Request(clock), _sequence()

@@ -41,7 +41,7 @@ class BlockedMatrix:
 
     @classmethod
     def packed(cls, packed: Tensor) -> BlockedMatrix | None:
-        """One that oneDNN has packed; None if it lies in memory in yet another way.
+        """One that oneDNN has packed; None if it lies in yet another way, or holds NaN.
 
         Args:
             packed: its opaque tensor, whose memory is shared.

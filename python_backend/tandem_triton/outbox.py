@@ -27,9 +27,6 @@ logger = logging.getLogger("tandem")
 _SHARE = 0.03
 # After which they wait no longer.
 _MAX_WAIT_SECONDS = 0.5
-# A client that got an answer's end often has the next request ready. Responses that would be sent
-# later are sent meanwhile, so that it comes before the next step and not during it.
-_LINGER_SECONDS = 0.003
 
 
 class Receiver(Protocol):
@@ -85,19 +82,14 @@ class Outbox:
     def send_due(self, seconds: float) -> None:
         """Sends what can't wait, and as much of the rest as a step of `seconds` allows."""
         self._credit = min(0.0, self._credit) + _SHARE * seconds
-        lingers_until = 0.0
-        while (parcel := self._take_due(lingers_until)) is not None:
+        while (parcel := self._take_due()) is not None:
             start = time.monotonic()
             _send(parcel)
-            now = time.monotonic()
-            self._credit -= now - start
-            if parcel.news[-1][1].finish_reason is not None:
-                lingers_until = now + _LINGER_SECONDS
+            self._credit -= time.monotonic() - start
 
-    def _take_due(self, lingers_until: float) -> _Parcel | None:
+    def _take_due(self) -> _Parcel | None:
         with self._changed:
-            lingers = time.monotonic() < lingers_until
-            if not self._urgent and self._patient and self._credit <= 0 and not lingers:
+            if not self._urgent and self._patient and self._credit <= 0:
                 oldest = self._parcels[next(iter(self._patient))]
                 if time.monotonic() - oldest.since < _MAX_WAIT_SECONDS:
                     return None
