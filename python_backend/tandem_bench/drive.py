@@ -13,9 +13,13 @@ from tandem_bench.figures import Trace
 
 @dataclass
 class Run:
-    """What one load did: a trace for each request, in their order, and what the engine counted."""
+    """What one load did: a trace for each request, in their order, and what the engine counted.
+
+    Traces count from `started_at` (`time.perf_counter`, which all processes here share).
+    """
 
     traces: list[Trace]
+    started_at: float = 0.0
     seconds: float = 0.0
     num_steps: int = 0
     num_drafts: int = 0
@@ -63,7 +67,7 @@ def _run(
     run = Run([])
     engine.stats.phases.clear()
     first_step = engine.stats.num_steps
-    start = time.perf_counter()
+    start = run.started_at = time.perf_counter()
     while waiting or live:
         now = time.perf_counter() - start
         while waiting and waiting[0][1] <= now and len(live) < concurrency:

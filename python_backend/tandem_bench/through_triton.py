@@ -1,7 +1,8 @@
 """The same load through Triton and gRPC, sent by NVIDIA's perf_analyzer, against the engine alone.
 
-Server and engine are both loaded and are measured in turns. perf_analyzer keeps `concurrency`
-requests in flight, or so it should. Throughput is that while new requests came.
+Server and engine are both loaded, and take turns of a few seconds while they are measured; the time
+in which one waited for the other is left out. perf_analyzer keeps `concurrency` requests in flight,
+or so it should. Throughput is that while new requests came.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tandem_bench.figures import Trace, summary, sustained
 from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar, turned
+from tandem_bench.turns import Load, in_turns
 from tandem_bench.worker import Worker, WorkerError
 from tandem_bench.workload import ROOT, repeat_to_fill
 from triton_runtime import TRITON
@@ -26,10 +30,14 @@ from triton_server import TritonServer
 
 PART = "triton"
 _LOGS = ROOT / ".bench"
+_PERF_ANALYZER = TRITON / "bin" / "perf_analyzer"
 # perf_analyzer 2.51 now and then ends before its profile is written to the end.
 _ATTEMPTS = 5
 # Requests are a multiple of those in flight.
 _WAVES = 4
+# Short, as memory changes its speed. What waits in the server to be sent is all overdue after a
+# turn of the engine, so not shorter.
+_TURN_SECONDS = 3.0
 _ENGINE, _TRITON = "engine alone", "through Triton"
 
 
@@ -37,12 +45,12 @@ def run(settings: Settings) -> None:
     """Measures what is not in `triton.json` yet."""
     results = settings.results(PART, ("num_prompts", "max_tokens"))
     todo = [
-        (way, drafter, concurrency, number)
+        (drafter, concurrency, number)
         for number in range(settings.rounds)
         for concurrency in settings.concurrencies
         for drafter in settings.drafters
-        for way in turned((_ENGINE, _TRITON), number)
-        if key(way, drafter, concurrency, number) not in results
+        if key(_ENGINE, drafter, concurrency, number) not in results
+        or key(_TRITON, drafter, concurrency, number) not in results
     ]
     if not todo:
         return
@@ -58,28 +66,31 @@ def run(settings: Settings) -> None:
         ):
 
             def measure(
-                load: list[list[int]], way: str, drafter: str, concurrency: int
-            ) -> dict[str, Any]:
-                work = (
-                    partial(_alone, engine, load, drafter, concurrency, settings)
-                    if way == _ENGINE
-                    else partial(
-                        perf_analyzer, server, load, drafter, concurrency, settings, Path(scratch)
-                    )
-                )
-                traces, surroundings = undisturbed(work)
-                seconds = max(t.times[-1] for t in traces) - min(t.sent for t in traces)
-                return {**summary(traces, seconds), **sustained(traces), **surroundings}
+                load: list[list[int]], drafter: str, concurrency: int, number: int
+            ) -> dict[str, dict[str, Any]]:
+                common = (load, drafter, concurrency, settings)
+                loads = {
+                    _ENGINE: Load(partial(_alone, engine, *common), partial(_tree, engine.pid)),
+                    _TRITON: Load(
+                        partial(_perf_analyzer, server, *common, Path(scratch)),
+                        partial(_server_and_client, server),
+                    ),
+                }
+                ways = turned(tuple(loads), number)
+                traces, surroundings = undisturbed(partial(_both, [loads[way] for way in ways]))
+                return {
+                    way: {**_figures(found), **surroundings}
+                    for way, found in zip(ways, traces, strict=True)
+                }
 
-            for way in (_ENGINE, _TRITON):
-                for drafter in settings.drafters:
-                    shown.say(f"warming up {way}, {drafter}")
-                    measure(prompts[:4], way, drafter, 1)
-            for way, drafter, concurrency, number in todo:
-                shown.say(f"{way}, {drafter}, concurrency {concurrency}, round {number + 1}")
-                name = key(way, drafter, concurrency, number)
+            for drafter in settings.drafters:
+                shown.say(f"warming up, {drafter}")
+                measure(prompts[:4], drafter, 1, 0)
+            for drafter, concurrency, number in todo:
+                shown.say(f"{drafter}, concurrency {concurrency}, round {number + 1}")
                 load = repeat_to_fill(prompts, _WAVES * concurrency)
-                results.put(name, measure(load, way, drafter, concurrency))
+                for way, cell in measure(load, drafter, concurrency, number).items():
+                    results.put(key(way, drafter, concurrency, number), cell)
                 shown.advance()
 
 
@@ -104,19 +115,56 @@ def write_repository(directory: Path, settings: Settings) -> Path:
     return directory / "repository"
 
 
+def _both(loads: list[Load[list[Trace]]]) -> list[list[Trace]]:
+    """Does the work of both, and times it by how long it was each one's turn."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            found = in_turns(loads, _TURN_SECONDS)
+            break
+        except json.JSONDecodeError:
+            if attempt == _ATTEMPTS:
+                raise WorkerError(f"perf_analyzer left {attempt} profiles unfinished") from None
+    return [
+        [_by_own_clock(trace, load) for trace in traces]
+        for load, traces in zip(loads, found, strict=True)
+    ]
+
+
+def _by_own_clock(trace: Trace, load: Load[list[Trace]]) -> Trace:
+    times = [load.own_seconds(moment) for moment in trace.times]
+    return Trace(load.own_seconds(trace.sent), times, trace.counts, [])
+
+
+def _figures(traces: list[Trace]) -> dict[str, Any]:
+    seconds = max(trace.times[-1] for trace in traces) - min(trace.sent for trace in traces)
+    return {**summary(traces, seconds), **sustained(traces)}
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def _server_and_client(server: TritonServer) -> list[psutil.Process]:
+    own = psutil.Process().children()
+    clients = [process for process in own if process.name() == _PERF_ANALYZER.name]
+    return [*clients, *_tree(server.pid)]
+
+
 def _alone(
     engine: Worker, prompts: list[list[int]], drafter: str, concurrency: int, settings: Settings
 ) -> list[Trace]:
+    """Traces by `time.perf_counter`."""
     answer = engine.ask(
         prompts=prompts,
         max_tokens=settings.max_tokens,
         concurrency=concurrency,
         drafter=drafter,
     )
-    return [Trace(**trace) for trace in answer["traces"]]
+    return [_moved(Trace(**trace), answer["started_at"]) for trace in answer["traces"]]
 
 
-def perf_analyzer(
+def _perf_analyzer(
     server: TritonServer,
     prompts: list[list[int]],
     drafter: str,
@@ -124,10 +172,11 @@ def perf_analyzer(
     settings: Settings,
     scratch: Path,
 ) -> list[Trace]:
-    """Sends each prompt once; when its responses came, from the profile that is exported.
+    """Sends each prompt once; traces by `time.perf_counter`, from the profile that is exported.
 
     Raises:
-        WorkerError: perf_analyzer failed, or requests are missing in its profile.
+        WorkerError: perf_analyzer failed.
+        json.JSONDecodeError: its profile has no end.
     """
     options = {"max_tokens": settings.max_tokens, "temperature": 0.0, "ignore_eos": True}
     data = [
@@ -140,21 +189,24 @@ def perf_analyzer(
     ]
     inputs, export = scratch / "inputs.json", scratch / "profile.json"
     inputs.write_text(json.dumps({"data": data}), encoding="utf-8")
-    command = [str(TRITON / "bin" / "perf_analyzer"), "-m", "tandem", "-u", server.grpc_url]
+    command = [str(_PERF_ANALYZER), "-m", "tandem", "-u", server.grpc_url]
     command += ["-i", "grpc", "--streaming", "--async", "--input-data", str(inputs)]
     command += ["--concurrency-range", str(concurrency), "--request-count", str(len(prompts))]
+    # Each of its threads sends an equal part of the requests: those that are done first would leave
+    # their places empty.
+    command += ["--max-threads", "1"]
     command += ["--profile-export-file", str(export)]
-    for _ in range(_ATTEMPTS):
-        export.unlink(missing_ok=True)
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not export.exists():
-            # What it says at first; how it is used comes behind.
-            raise WorkerError(f"perf_analyzer failed: {done.stderr[:1500]}{done.stdout[:1500]}")
-        with suppress(json.JSONDecodeError):
-            profile = json.loads(export.read_text(encoding="utf-8"))
-            requests = profile["experiments"][0]["requests"]
-            return [_trace(request, settings.max_tokens) for request in requests]
-    raise WorkerError(f"perf_analyzer left {_ATTEMPTS} profiles unfinished")
+    export.unlink(missing_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not export.exists():
+        # What it says at first; how it is used comes behind.
+        raise WorkerError(f"perf_analyzer failed: {done.stderr[:1500]}{done.stdout[:1500]}")
+    profile = json.loads(export.read_text(encoding="utf-8"))
+    its_clock_less_ours = time.time() - time.perf_counter()
+    return [
+        _moved(_trace(request, settings.max_tokens), -its_clock_less_ours)
+        for request in profile["experiments"][0]["requests"]
+    ]
 
 
 def _trace(request: dict[str, Any], num_tokens: int) -> Trace:
@@ -162,3 +214,8 @@ def _trace(request: dict[str, Any], num_tokens: int) -> Trace:
     times = [stamp / 1e9 for stamp in request["response_timestamps"]]
     counts = [1] * (len(times) - 1)
     return Trace(request["timestamp"] / 1e9, times, [*counts, num_tokens - sum(counts)], [])
+
+
+def _moved(trace: Trace, seconds: float) -> Trace:
+    times = [moment + seconds for moment in trace.times]
+    return Trace(trace.sent + seconds, times, trace.counts, trace.token_ids)

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence as Items
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,14 @@ _COLUMNS = (
     "last_token_time_ns",
 )
 _COUNTS = ("num_output_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens")
+# Outputs of every response with few different values.
+_RECURRING = (
+    "finish_reason",
+    "sequence_index",
+    "num_input_tokens",
+    *_COUNTS,
+    "accepted_text_length",
+)
 _DTYPES: dict[str, Any] = {
     "text_output": np.object_,
     "finish_reason": np.object_,
@@ -204,6 +213,19 @@ _DTYPES: dict[str, Any] = {
 
 def output_tensor(name: str, values: list[Any]) -> Any:
     """An output with an element, or a list, for each sequence; lists are padded with -1."""
+    return _kept_tensor(name, *values) if name in _RECURRING else _new_tensor(name, values)
+
+
+@lru_cache(maxsize=1024)
+def _kept_tensor(name: str, *values: Any) -> Any:
+    """One that many responses have: it's made and put into shared memory once.
+
+    Two threads that send it for the first time would both put it there.
+    """
+    return _new_tensor(name, list(values))
+
+
+def _new_tensor(name: str, values: list[Any]) -> Any:
     dtype = _DTYPES.get(name, np.int32)
     if isinstance(values[0], list):
         width = max(map(len, values))
