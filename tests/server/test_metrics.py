@@ -1,0 +1,61 @@
+"""What requests leave on `/metrics`, and that the README lists it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import requests
+from stream import TIMEOUT, metric, wait_until
+from tensors import COMMON, ask
+from tritonclient.utils import InferenceServerException
+
+from triton_runtime import ROOT
+from triton_server import TritonServer
+
+pytestmark = pytest.mark.server
+
+
+def test_the_readme_lists_the_metrics(server: TritonServer) -> None:
+    ask(server, **{**COMMON, "ignore_eos": True, "temperature": 0.0, "max_tokens": 60})
+    with pytest.raises(InferenceServerException):
+        ask(server, top_p=2.0)
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Metrics") : text.index("## Configuration")]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    expected = {
+        name: set(re.findall(r"`(\w+)`", labels))
+        for names, labels in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+
+    def shown() -> dict[str, set[str]]:
+        page = requests.get(server.metrics_url, timeout=TIMEOUT).text
+        found: dict[str, set[str]] = {}
+        for name, labels in re.findall(r"^tandem:(\w+){(.*)}", page, re.MULTILINE):
+            if 'model="tandem"' in labels:
+                name = re.sub("_(bucket|sum|count)$", "", name)
+                others = set(re.findall(r'(\w+)="', labels)) - {"model", "version", "le"}
+                found[name] = others
+        return found
+
+    # There once a minute has shown that speculation gains little.
+    wait_until(
+        lambda: {n: v for n, v in shown().items() if n != "spec_decode_low_gain"} == expected
+    )
+
+
+def test_latencies_are_counted_by_request(server: TritonServer) -> None:
+    names = ("time_to_first_token", "request_queue_time", "e2e_request_latency")
+
+    def counts() -> list[float]:
+        return [metric(server, f"{name}_seconds_count") for name in names]
+
+    before = counts()
+    ask(server, n=2, **COMMON)
+    # Those of requests before it may still come in.
+    wait_until(lambda: all(n >= old + 2 for n, old in zip(counts(), before, strict=True)))
+    wait_until(lambda: metric(server, "step_seconds_total") > 0)
+    page = requests.get(server.metrics_url, timeout=TIMEOUT).text
+    phases = re.findall(r'^tandem:step_seconds_total{model="tandem",phase="(\w+)"', page, re.M)
+    assert set(phases) == {"schedule", "draft", "verify", "accept", "commit"}
