@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from functools import partial
 from itertools import pairwise
 
@@ -45,12 +46,21 @@ def test_only_one_load_goes_on_at_a_time() -> None:
     assert own <= merged[-1][0] - merged[0][0]
 
 
-def test_a_load_that_fails_leaves_no_other_suspended() -> None:
+def test_what_interrupts_does_not_wait_for_the_loads() -> None:
+    """Neither does a load that fails, and none is left suspended."""
+
     def fail() -> list[float]:
         raise RuntimeError("it failed")
 
-    clock = subprocess.Popen([sys.executable, "-c", _CLOCK], stdout=subprocess.PIPE, text=True)
-    loads = [Load(partial(_read, clock), lambda: [psutil.Process(clock.pid)]), Load(fail, list)]
-    with pytest.raises(RuntimeError, match="it failed"):
-        in_turns(loads, 0.05)
-    assert clock.wait(10) == 0
+    def interrupt() -> list[psutil.Process]:
+        raise KeyboardInterrupt
+
+    for other, error in ((Load(fail, list), RuntimeError), (Load(fail, interrupt), BaseException)):
+        clock = subprocess.Popen([sys.executable, "-c", _CLOCK], stdout=subprocess.PIPE, text=True)
+        process = psutil.Process(clock.pid)
+        never = threading.Event()
+        load: Load[object] = Load(never.wait, lambda process=process: [process])
+        with pytest.raises(error):
+            in_turns([load, other], 0.05)
+        assert len(_read(clock)) == 40
+        never.set()

@@ -7,10 +7,11 @@ other for that alone; of two that take turns, the difference is much smaller.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -69,17 +70,36 @@ def in_turns(loads: Items[Load[T]], seconds: float) -> list[T]:
 
     Args:
         seconds: of a turn.
+
+    Raises:
+        BaseException: what the first work that failed raised, or what interrupted this. Work that
+            isn't done goes on.
     """
-    with ThreadPoolExecutor(len(loads)) as pool:
-        begun: dict[int, Future[T]] = {}
-        try:
-            while len(begun) < len(loads) or not all(work.done() for work in begun.values()):
-                for number, load in enumerate(loads):
-                    if number not in begun:
-                        begun[number] = pool.submit(load.work)
-                    if not begun[number].done():
-                        load.take_turn(begun[number], seconds)
-        finally:
-            for load in loads:
-                load.resume()
+    begun: dict[int, Future[T]] = {}
+    try:
+        while len(begun) < len(loads) or not all(work.done() for work in begun.values()):
+            for number, load in enumerate(loads):
+                if number not in begun:
+                    begun[number] = _begin(load.work)
+                if not begun[number].done():
+                    load.take_turn(begun[number], seconds)
+                elif (error := begun[number].exception()) is not None:
+                    raise error
+    finally:
+        for load in loads:
+            load.resume()
     return [begun[number].result() for number in range(len(loads))]
+
+
+def _begin(work: Callable[[], T]) -> Future[T]:
+    """Like an executor's `submit`, but nobody has to wait for the end."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
