@@ -46,7 +46,7 @@ logger = logging.getLogger("tandem")
 _WATCH_SECONDS = 0.05
 # Whether a client is gone is a question to the server, for each request.
 _ASK_SECONDS = 0.12
-_MAX_ASKS_PER_SECOND = 250
+_MAX_ASKS_PER_SECOND = 100
 # Every series that has changed is a message to the server.
 _METRICS_SECONDS = 0.5
 _DRAIN_SECONDS = 5.0

@@ -26,7 +26,7 @@ logger = logging.getLogger("tandem")
 # Of the time of the steps, for responses that may wait.
 _SHARE = 0.03
 # After which they wait no longer.
-_MAX_WAIT_SECONDS = 0.5
+_MAX_WAIT_SECONDS = 0.75
 
 
 class Receiver(Protocol):
