@@ -126,6 +126,20 @@ def test_tables_show_medians_ratios_and_noise() -> None:
     assert "| Tandem mtp / vLLM | 2.00 |  |" in tables.ratios(rounds, "Tandem", "HF|vLLM")
 
 
+def test_what_triton_costs_is_compared_within_each_round() -> None:
+    """Memory was half as fast in the second round; over all, the medians would say 0.8."""
+    cells = {
+        f"{way} none c8 r{number}": {"tokens_per_second": speed, "ttft_ms": {"p50": first}}
+        for way, *found in (
+            ("engine alone", (100, 30), (50, 60), (90, 40)),
+            ("through Triton", (99, 34), (48, 70), (72, 45)),
+        )
+        for number, (speed, first) in enumerate(found)
+    }
+    shown = tables.triton(cells)
+    assert "| none, 8 | 90.0 (±28%) | 72.0 (±35%) | 0.960 | 0.990, 0.960, 0.800 | +5.0 |" in shown
+
+
 def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("a\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nb\n")

@@ -1,4 +1,7 @@
-"""Results as Markdown tables. Medians of the rounds; a ratio is one of two medians."""
+"""Results as Markdown tables. Medians of the rounds; a ratio is one of two medians.
+
+Except where both took turns within each round: there it is the median of the rounds' ratios.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +161,7 @@ def engine(cells: Cells) -> str:
 
 
 def triton(cells: Cells) -> str:
-    """What Triton and gRPC cost."""
+    """What Triton and gRPC cost: medians of the rounds' ratios, as both took turns in each."""
     rounds = by_round(cells)
     alone, through = "engine alone ", "through Triton "
     rows = []
@@ -166,18 +169,21 @@ def triton(cells: Cells) -> str:
         if not name.startswith(through):
             continue
         engine_cells = rounds[alone + name.removeprefix(through), c]
-        first = value(found, "ttft_ms", "p50") - value(engine_cells, "ttft_ms", "p50")
+        pairs = list(zip(found, engine_cells, strict=True))
+        shares = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
+        waits = [a["ttft_ms"]["p50"] - b["ttft_ms"]["p50"] for a, b in pairs]
         rows.append(
             [
                 f"{name.removeprefix(through)}, {c}",
                 speed(engine_cells),
                 speed(found),
-                f"{ratio(speeds(found), speeds(engine_cells)):.3f}",
-                f"{first:+.1f}",
+                f"{median(shares):.3f}",
+                ", ".join(f"{share:.3f}" for share in shares),
+                f"{median(waits):+.1f}",
             ]
         )
     header = ["drafter, concurrency", "engine, tokens/s", "Triton, tokens/s", "ratio"]
-    return table([*header, "time to first token, ms more"], rows)
+    return table([*header, "in each round", "time to first token, ms more"], rows)
 
 
 def profile(cells: Cells) -> str:
