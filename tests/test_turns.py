@@ -22,13 +22,16 @@ for _ in range(40):
 """
 
 
+def _clock() -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", _CLOCK], stdout=subprocess.PIPE, text=True)
+
+
 def _read(process: subprocess.Popen[str]) -> list[float]:
     return [float(line) for line in process.communicate()[0].splitlines()]
 
 
 def test_only_one_load_goes_on_at_a_time() -> None:
-    command = [sys.executable, "-c", _CLOCK]
-    clocks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    clocks = [_clock() for _ in range(2)]
     loads = [Load(partial(_read, c), lambda c=c: [psutil.Process(c.pid)]) for c in clocks]
     for load in loads:
         load.suspend()
@@ -46,21 +49,28 @@ def test_only_one_load_goes_on_at_a_time() -> None:
     assert own <= merged[-1][0] - merged[0][0]
 
 
-def test_what_interrupts_does_not_wait_for_the_loads() -> None:
-    """Neither does a load that fails, and none is left suspended."""
+def test_a_load_that_fails_lets_the_others_finish() -> None:
+    """Else one that is begun again would meet its first self."""
 
     def fail() -> list[float]:
         raise RuntimeError("it failed")
 
+    clock, stamps = _clock(), []
+    process = psutil.Process(clock.pid)
+    loads = [Load(lambda: stamps.extend(_read(clock)), lambda: [process]), Load(fail, list)]
+    with pytest.raises(RuntimeError, match="it failed"):
+        in_turns(loads, 0.05)
+    assert len(stamps) == 40
+
+
+def test_what_interrupts_waits_for_no_load_and_leaves_none_suspended() -> None:
     def interrupt() -> list[psutil.Process]:
         raise KeyboardInterrupt
 
-    for other, error in ((Load(fail, list), RuntimeError), (Load(fail, interrupt), BaseException)):
-        clock = subprocess.Popen([sys.executable, "-c", _CLOCK], stdout=subprocess.PIPE, text=True)
-        process = psutil.Process(clock.pid)
-        never = threading.Event()
-        load: Load[object] = Load(never.wait, lambda process=process: [process])
-        with pytest.raises(error):
-            in_turns([load, other], 0.05)
-        assert len(_read(clock)) == 40
-        never.set()
+    clock, never = _clock(), threading.Event()
+    process = psutil.Process(clock.pid)
+    loads = [Load(never.wait, lambda: [process]), Load(never.wait, interrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        in_turns(loads, 0.05)
+    assert len(_read(clock)) == 40
+    never.set()

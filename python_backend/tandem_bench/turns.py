@@ -68,12 +68,14 @@ class Load(Generic[T]):
 def in_turns(loads: Items[Load[T]], seconds: float) -> list[T]:
     """Does the work of all loads, and returns what came of each.
 
+    If one fails, the others still come to their end, and can be begun again. What interrupts this
+    doesn't wait for them.
+
     Args:
         seconds: of a turn.
 
     Raises:
-        BaseException: what the first work that failed raised, or what interrupted this. Work that
-            isn't done goes on.
+        BaseException: what the first work that failed raised, or what interrupted this.
     """
     begun: dict[int, Future[T]] = {}
     try:
@@ -83,8 +85,6 @@ def in_turns(loads: Items[Load[T]], seconds: float) -> list[T]:
                     begun[number] = _begin(load.work)
                 if not begun[number].done():
                     load.take_turn(begun[number], seconds)
-                elif (error := begun[number].exception()) is not None:
-                    raise error
     finally:
         for load in loads:
             load.resume()

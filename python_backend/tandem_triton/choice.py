@@ -220,7 +220,7 @@ def output_tensor(name: str, values: list[Any]) -> Any:
 def _kept_tensor(name: str, *values: Any) -> Any:
     """One that many responses have: it's made and put into shared memory once.
 
-    Two threads that send it for the first time would both put it there.
+    Only one thread may send it: two that did so for the first time would both put it there.
     """
     return _new_tensor(name, list(values))
 
