@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -187,78 +186,6 @@ def test_a_fixed_lookahead_is_left_as_it_is() -> None:
     scheduled.draft = Draft([1, 2, 3], [0.01, 0.01, 0.01])
     lookahead.choose([scheduled])
     assert scheduled.num_draft_tokens == 3
-
-
-def prefill(lookahead: AdaptiveLookahead, num_decoding: int, num_tokens: int) -> list[float]:
-    """Seconds of each step in which a prompt is computed beside others; costs are as predicted."""
-    truth = CostModel(costs("model"))
-    decoding = [ScheduledSequence(sequence(8, 1, 10**6, 0, n), 1, 0) for n in range(num_decoding)]
-    prompt = replace(decoding[0].sequence, num_prompt_tokens=num_tokens, num_computed=0)
-    seconds = []
-    while num_tokens > 0:
-        allowed = lookahead.max_prompt_tokens(num_decoding, 1)
-        assert allowed is not None
-        tokens = min(allowed, num_tokens)
-        num_tokens -= tokens
-        batch = [*decoding, ScheduledSequence(prompt, tokens, 0)]
-        lookahead.plan(batch)
-        took = truth.verify(num_decoding, num_decoding + 1, tokens)
-        phases = {"schedule": 0.0, "draft": 0.0, "verify": took, "accept": 0.0, "commit": 0.0}
-        lookahead.observe(batch, [*[0] * num_decoding, None], phases)
-        seconds.append(took)
-    return seconds
-
-
-@pytest.mark.parametrize("slowdown", [1.5, 2.0, 4.0])
-@pytest.mark.parametrize("num_decoding", [1, 8, 32])
-def test_a_prompt_slows_decoding_as_far_as_is_allowed(slowdown: float, num_decoding: int) -> None:
-    model = CostModel(costs("model"))
-    lookahead = AdaptiveLookahead(model, slowdown)
-    assert lookahead.max_prompt_tokens(0, 1) is None
-    alone = model.verify(num_decoding, num_decoding)
-    seconds = prefill(lookahead, num_decoding, 10**5)
-    expected = (0.1 + 0.9 * slowdown) * alone
-    assert seconds[-2] == pytest.approx(expected, rel=0.1)
-    assert sum(seconds) / len(seconds) <= slowdown * alone
-
-
-def test_a_short_prompt_is_not_cut() -> None:
-    """A few steps' worth of time was left unused; a while later it is there again."""
-    lookahead = AdaptiveLookahead(CostModel(costs("model")))
-    model = CostModel(costs("model"))
-    tokens = int(5 * model.verify(8, 8) / (model.verify(8, 8, 1) - model.verify(8, 8)))
-    assert len(prefill(lookahead, 8, tokens)) == 1
-    assert len(prefill(lookahead, 8, tokens)) > 1
-    decoding = [ScheduledSequence(sequence(8, 1, 10**6, 0, n), 1, 0) for n in range(8)]
-    for _ in range(20):
-        lookahead.plan(decoding)
-        phases = dict.fromkeys(("schedule", "draft", "accept", "commit"), 0.0)
-        lookahead.observe(decoding, [0] * 8, phases | {"verify": model.verify(8, 8)})
-    assert len(prefill(lookahead, 8, tokens)) == 1
-
-
-def test_few_that_decode_do_not_hold_up_many_prompts() -> None:
-    """As long as more decode than wait, prompts get the same; then in proportion."""
-    lookahead = AdaptiveLookahead(CostModel(costs("model")))
-    tokens = [lookahead.max_prompt_tokens(2, num_prompts) for num_prompts in (1, 2, 4, 30)]
-    assert tokens[0] is not None
-    assert tokens[1] == tokens[0]
-    assert tokens[2:] == pytest.approx([2 * tokens[0], 15 * tokens[0]], abs=15)
-
-
-def test_prompts_that_cost_more_than_was_measured_get_fewer_tokens() -> None:
-    model = CostModel(costs("model"))
-    lookahead = AdaptiveLookahead(model, 2.0)
-    alone, expected = model.verify(8, 8), lookahead.max_prompt_tokens(8, 1)
-    assert expected is not None
-    true_cost = 3 * (model.verify(8, 8, 1) - alone)
-    for _ in range(50):
-        tokens = lookahead.max_prompt_tokens(8, 1)
-        assert tokens is not None
-        model.observe_verify(8, 8, tokens, alone + tokens * true_cost)
-    assert tokens == pytest.approx(expected / 3, abs=1)
-    # What passes cost without prompts is another matter.
-    assert model.verify(8, 8) == alone
 
 
 def test_confidences_are_translated_into_what_they_were_worth() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tandem import FinishReason, SamplingParams, Sequence
 from tandem.block_pool import BlockPool
+from tandem.prompt_budget import PromptLimits
 from tandem.scheduler import Scheduler
 from tandem.sequence import ScheduledSequence
 
@@ -236,20 +239,40 @@ def test_decoding_goes_before_a_long_prompt() -> None:
 
 
 def test_a_prompt_gets_less_while_others_decode() -> None:
-    """As few tokens as the caller says; alone it gets the whole budget."""
+    """As few tokens as the caller says; else it gets the whole budget."""
     scheduler = Scheduler(BlockPool(20, BLOCK_SIZE), 4, 8, 64)
     first, second = sequence(6, 2), sequence(20, 8, 0, 1)
     scheduler.add(first)
     chunks = []
-    for number in range(8):
-        if number == 1:
-            scheduler.add(second)
-        batch = scheduler.schedule(max_prompt_tokens=3)
+    for limits in (PromptLimits(), PromptLimits(most=3), PromptLimits()):
+        batch = scheduler.schedule(limits)
         chunks.append([one.num_tokens for one in batch])
         for scheduled in batch:
             commit(scheduler, scheduled, 0, 0)
+        if not chunks[1:]:
+            scheduler.add(second)
     # `first` is computed, decodes its second and last token, and leaves `second` alone.
-    assert chunks[:3] == [[6], [1, 3], [8]]
+    assert chunks == [[6], [1, 3], [8]]
+
+
+@pytest.mark.parametrize(
+    ("enough", "expected"), [(None, [[3, 3, 2], [1, 1, 1, 3]]), (4, [[3, 3], [1, 1, 3, 3]])]
+)
+def test_no_further_prompt_joins_where_there_are_enough_tokens(
+    enough: int | None, expected: list[list[int]]
+) -> None:
+    """The one that reaches the number isn't cut, and the next is the first in the next step."""
+    scheduler = Scheduler(BlockPool(20, BLOCK_SIZE), 4, 8, 64)
+    for number in range(4):
+        scheduler.add(sequence(3, number=number))
+    chunks = []
+    for _ in expected:
+        batch = scheduler.schedule(PromptLimits(enough=enough))
+        chunks.append([one.num_tokens for one in batch])
+        for scheduled in batch:
+            commit(scheduler, scheduled, 0, 0)
+    assert chunks == expected
+    assert scheduler.waiting == deque()
 
 
 def test_decoding_sequences_each_keep_a_token_of_the_budget() -> None:

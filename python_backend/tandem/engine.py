@@ -204,8 +204,7 @@ class Engine:
         with self._lock:
             num_decoding = sum(s.is_decoding for s in self.scheduler.running)
             num_prompts = len(self.scheduler.running) + len(self.scheduler.waiting) - num_decoding
-            max_prompt_tokens = self.lookahead.max_prompt_tokens(num_decoding, num_prompts)
-            batch = self.scheduler.schedule(max_prompt_tokens)
+            batch = self.scheduler.schedule(self.lookahead.prompt_limits(num_decoding, num_prompts))
         now = time.monotonic()
         for scheduled in batch:
             self._note_start(scheduled.sequence, now)

@@ -20,6 +20,7 @@ from operator import mul
 from tandem.costs import CostModel
 from tandem.draft_plan import BarePass, Plan, best_plan
 from tandem.estimates import Estimates
+from tandem.prompt_budget import NO_LIMITS, PromptBudget, PromptLimits
 from tandem.sequence import ScheduledSequence, Sequence
 
 # The advantage over the plan follows about so many steps, and a single one that was held up counts
@@ -31,10 +32,6 @@ _MAX_DELAY = 2.0
 _PROBE_AFTER = 32
 _PROBE_SEQUENCES = 4
 _PROBE_GUESSES = 1
-# So much is used of what a prompt may cost others: predictions scatter. What steps left unused may
-# be used at once, of so many steps at most: short prompts are not worth cutting.
-_CAUTION = 0.9
-_MAX_SAVED_STEPS = 8.0
 # The share of a pass that doesn't count.
 _NOTHING = 0.01
 
@@ -57,13 +54,9 @@ class Lookahead:
 
     costs: CostModel | None = None
 
-    def max_prompt_tokens(self, num_decoding: int, num_prompts: int) -> int | None:
-        """Tokens of prompts that may join a pass of so many decoding sequences; None for any.
-
-        Args:
-            num_prompts: sequences that have no token yet, whether they are admitted or wait.
-        """
-        return None
+    def prompt_limits(self, num_decoding: int, num_prompts: int) -> PromptLimits:
+        """See `PromptBudget.limits`."""
+        return NO_LIMITS
 
     def plan(self, batch: Items[ScheduledSequence]) -> None:
         """Lowers `num_draft_tokens` to 0 where drafting isn't worth its time."""
@@ -120,13 +113,10 @@ class AdaptiveLookahead(Lookahead):
         """Starts with what was measured.
 
         Args:
-            max_prefill_slowdown: how many times as long steps may take for the sake of prompts, on
-                the average of several.
+            max_prefill_slowdown: see `PromptBudget`.
         """
         self.costs = costs
-        self._max_prefill_slowdown = max_prefill_slowdown
-        self._saved_steps = _MAX_SAVED_STEPS
-        self._prompt_weight = 1.0
+        self._prompts = PromptBudget(costs, max_prefill_slowdown)
         self.estimates = Estimates()
         self._advantage = _Advantage()
         self._plan = Plan(1, 1, frozenset())
@@ -138,21 +128,9 @@ class AdaptiveLookahead(Lookahead):
 
     # --- before drafting
 
-    def max_prompt_tokens(self, num_decoding: int, num_prompts: int) -> int | None:
-        """See `Lookahead.max_prompt_tokens`."""
-        if num_decoding == 0:
-            return None
-        # Few don't hold up many.
-        self._prompt_weight = max(1.0, num_prompts / num_decoding)
-        spare = (1 + self._saved_steps) * self._allowance(num_decoding)
-        token = self.costs.verify(num_decoding, num_decoding, 1)
-        token -= self.costs.verify(num_decoding, num_decoding)
-        return None if token <= 0 else max(1, int(spare / token))
-
-    def _allowance(self, num_decoding: int) -> float:
-        """Seconds that prompts may take of a step in which so many sequences decode."""
-        alone = self.costs.verify(num_decoding, num_decoding) + self.costs.rest
-        return self._prompt_weight * _CAUTION * (self._max_prefill_slowdown - 1) * alone
+    def prompt_limits(self, num_decoding: int, num_prompts: int) -> PromptLimits:
+        """See `PromptBudget.limits`."""
+        return self._prompts.limits(num_decoding, num_prompts)
 
     def plan(self, batch: Items[ScheduledSequence]) -> None:
         """See `Lookahead.plan`."""
@@ -296,11 +274,10 @@ class AdaptiveLookahead(Lookahead):
         rows = base.num_rows + sum(s.num_draft_tokens for s in batch)
         verify = seconds["verify"] + seconds["accept"]
         num_decoding = sum(s.sequence.is_decoding for s in batch)
-        used = 0.0
-        if base.num_prompt_tokens > 0 and num_decoding > 0:
-            beside = verify - self.costs.verify(rows, base.num_sequences)
-            used = beside / self._allowance(num_decoding)
-        self._saved_steps = min(max(self._saved_steps + 1 - used, -1.0), _MAX_SAVED_STEPS)
+        on_prompts = 0.0
+        if base.num_prompt_tokens > 0:
+            on_prompts = verify - self.costs.verify(rows, base.num_sequences)
+        self._prompts.observe(num_decoding, on_prompts)
         self.costs.observe_verify(rows, base.num_sequences, base.num_prompt_tokens, verify)
         self.costs.observe_rest(seconds["schedule"] + seconds["commit"])
         if base.num_prompt_tokens == 0:

@@ -8,6 +8,7 @@ from itertools import chain
 
 from tandem.block_pool import BlockPool
 from tandem.lookahead import draft_limit
+from tandem.prompt_budget import NO_LIMITS, PromptLimits
 from tandem.sequence import ScheduledSequence, Sequence
 
 
@@ -47,22 +48,20 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.pool.shrink(sequence, 0)
 
-    def schedule(self, max_prompt_tokens: int | None = None) -> list[ScheduledSequence]:
-        """Chooses the sequences of the next step and gives them the blocks that they need.
-
-        Args:
-            max_prompt_tokens: tokens of prompts in a step that others decode in, at most.
-        """
+    def schedule(self, prompt_limits: PromptLimits = NO_LIMITS) -> list[ScheduledSequence]:
+        """Chooses the sequences of the next step and gives them the blocks that they need."""
         batch = self._schedule_decoding()
         self._add_drafts(batch)
         budget = self.max_num_batched_tokens - sum(s.num_tokens + s.num_draft_tokens for s in batch)
-        if batch and max_prompt_tokens is not None:
-            budget = min(budget, max_prompt_tokens)
+        if prompt_limits.most is not None:
+            budget = min(budget, prompt_limits.most)
+        enough = budget if prompt_limits.enough is None else min(budget, prompt_limits.enough)
         prompts = chain([s for s in self.running if not s.is_decoding], self._admit())
-        while budget > 0 and (sequence := next(prompts, None)) is not None:
-            num_tokens = min(sequence.num_uncomputed, budget)
+        num_chosen = 0
+        while num_chosen < enough and (sequence := next(prompts, None)) is not None:
+            num_tokens = min(sequence.num_uncomputed, budget - num_chosen)
             batch.append(ScheduledSequence(sequence, num_tokens, 0))
-            budget -= num_tokens
+            num_chosen += num_tokens
         return batch
 
     def _schedule_decoding(self) -> list[ScheduledSequence]:
