@@ -78,6 +78,46 @@ def test_first_tokens_and_ends_do_not_wait(clock: _Clock) -> None:
     assert request.responses == [[0], [1, 2]]
 
 
+def test_a_beginning_goes_before_an_end(clock: _Clock) -> None:
+    outbox = Outbox()
+    order: list[str] = []
+
+    class Named(_Request):
+        def __init__(self, name: str) -> None:
+            super().__init__(clock)
+            self.name = name
+
+        def deliver(self, news: Items[tuple[float, Delta]]) -> None:
+            super().deliver(news)
+            order.append(self.name)
+
+    old, new = Named("old"), Named("new")
+    _step(outbox, old, sequence := _sequence(0))
+    outbox.send_due(0.0)
+    _step(outbox, old, sequence, ends=True)
+    _step(outbox, new, _sequence(1))
+    outbox.send_due(0.0)
+    assert order == ["old", "new", "old"]
+
+
+def test_while_a_client_may_answer_an_end_others_get_their_tokens_early(clock: _Clock) -> None:
+    """For a few milliseconds, which are made up for afterwards."""
+    outbox = Outbox()
+    running = [(_Request(clock), _sequence(i)) for i in range(40)]
+    for ends in (False, True):
+        for index, (request, sequence) in enumerate(running):
+            _step(outbox, request, sequence, ends=ends and index == 39)
+        outbox.send_due(0.0)
+    early = sum(len(request.responses) == 2 for request, _ in running[:39])
+    assert early == pytest.approx(tandem_triton.outbox._ANSWER_SECONDS / _COST, abs=1)
+    assert len(running[39][0].responses) == 2
+    clock.now += 0.02
+    for request, sequence in running[:39]:
+        _step(outbox, request, sequence)
+    outbox.send_due(0.02)
+    assert all(len(request.responses) <= 2 for request, _ in running)
+
+
 def test_responses_take_a_share_of_the_time(clock: _Clock) -> None:
     """Twenty sequences, whose responses would take ten times as much."""
     outbox = Outbox()
@@ -178,6 +218,42 @@ def test_a_sender_of_its_own_falls_behind_without_losing_anything() -> None:
     assert not sender.is_alive()
     assert dict(received) == {i: list(range(50)) for i in range(3)}
     assert num_responses <= 6
+
+
+def test_tokens_that_come_during_the_first_response_wait_in_one_line() -> None:
+    """Some before the sequence counts as begun, some behind."""
+    outbox = Outbox()
+    entered, gate = threading.Event(), threading.Event()
+
+    class Gated:
+        streams = True
+
+        def __init__(self) -> None:
+            self.begun = False
+            self.received: list[int] = []
+
+        def has_begun(self, sequence: Sequence) -> bool:
+            return self.begun
+
+        def deliver(self, news: Items[tuple[float, Delta]]) -> None:
+            entered.set()
+            gate.wait(10)
+            self.received += [token for _, delta in news for token in delta.token_ids]
+
+    first, other = Gated(), Gated()
+    sender = threading.Thread(target=outbox.run)
+    sender.start()
+    _step(outbox, first, sequence := _sequence())
+    assert entered.wait(10)
+    _step(outbox, first, sequence)
+    first.begun = other.begun = True
+    _step(outbox, first, sequence)
+    _step(outbox, other, _sequence(1))
+    gate.set()
+    outbox.close()
+    sender.join(10)
+    assert first.received == [0, 1, 2]
+    assert other.received == [0]
 
 
 def test_a_response_that_fails_harms_no_other(clock: _Clock) -> None:

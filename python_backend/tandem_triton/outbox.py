@@ -1,18 +1,19 @@
 """What steps brought and clients don't have yet.
 
-A sequence's new tokens wait for their turn and go out as one response: beginnings and ends before
-all others, then who has waited longest. So a sender that can't keep up sends fewer responses, not
-later ones.
+A sequence's new tokens wait for their turn and go out as one response: beginnings, then ends, then
+who has waited longest. So a sender that can't keep up sends fewer responses, not later ones.
 
 A response is work for three processes: the model's, the server's and often the client's. Sent
 while a step computes on all cores, it takes them away from threads that wait for one another, and
 holds the step up for three times as long as between two steps. So there responses leave between
-steps, and take no more than a small share of the time.
+steps, and take no more than a small share of the time. Behind an end some go out before their time:
+its client may send the next request, which then finds the next step instead of just missing it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence as Items
@@ -27,6 +28,8 @@ logger = logging.getLogger("tandem")
 _SHARE = 0.03
 # After which they wait no longer.
 _MAX_WAIT_SECONDS = 0.75
+# From an end until its client's next request is here, when it comes at once.
+_ANSWER_SECONDS = 0.005
 
 
 class Receiver(Protocol):
@@ -51,6 +54,11 @@ class _Parcel:
     since: float
     news: list[tuple[float, Delta]] = field(default_factory=list)
 
+    @property
+    def ends(self) -> bool:
+        """Whether the sequence has ended."""
+        return self.news[-1][1].finish_reason is not None
+
 
 class Outbox:
     """Sends from one thread at a time, which `run` occupies or `send_due` borrows."""
@@ -59,7 +67,8 @@ class Outbox:
         self._changed = threading.Condition()
         self._parcels: dict[Sequence, _Parcel] = {}
         # Those whose turn will come, in its order.
-        self._urgent: dict[Sequence, None] = {}
+        self._beginning: dict[Sequence, None] = {}
+        self._ending: dict[Sequence, None] = {}
         self._patient: dict[Sequence, None] = {}
         # Seconds that responses may take; below 0 after those that couldn't wait.
         self._credit = 0.0
@@ -68,28 +77,35 @@ class Outbox:
     def put(self, request: Receiver, delta: Delta) -> None:
         """Takes what a step brought to one of the request's sequences."""
         sequence, now = delta.sequence, time.monotonic()
-        is_urgent = request.streams and not request.has_begun(sequence)
+        begins = request.streams and not request.has_begun(sequence)
         with self._changed:
             parcel = self._parcels.setdefault(sequence, _Parcel(request, now))
             parcel.news.append((now, delta))
-            if delta.finish_reason is not None or is_urgent:
+            if begins or sequence in self._beginning:
+                self._beginning[sequence] = None
+            elif delta.finish_reason is not None:
                 self._patient.pop(sequence, None)
-                self._urgent[sequence] = None
-            elif request.streams and sequence not in self._urgent:
+                self._ending[sequence] = None
+            elif request.streams:
                 self._patient[sequence] = None
             self._changed.notify()
 
     def send_due(self, seconds: float) -> None:
         """Sends what can't wait, and as much of the rest as a step of `seconds` allows."""
         self._credit = min(0.0, self._credit) + _SHARE * seconds
-        while (parcel := self._take_due()) is not None:
+        answered_by = -math.inf
+        while (parcel := self._take_due(answered_by)) is not None:
             start = time.monotonic()
             _send(parcel)
-            self._credit -= time.monotonic() - start
+            now = time.monotonic()
+            self._credit -= now - start
+            if parcel.ends:
+                answered_by = now + _ANSWER_SECONDS
 
-    def _take_due(self) -> _Parcel | None:
+    def _take_due(self, answered_by: float) -> _Parcel | None:
         with self._changed:
-            if not self._urgent and self._patient and self._credit <= 0:
+            may_wait = self._patient and not self._beginning and not self._ending
+            if may_wait and self._credit <= 0 and time.monotonic() >= answered_by:
                 oldest = self._parcels[next(iter(self._patient))]
                 if time.monotonic() - oldest.since < _MAX_WAIT_SECONDS:
                     return None
@@ -99,14 +115,18 @@ class Outbox:
         """Sends whatever there is, until the outbox is closed and empty."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._urgent or self._patient or self._closed)
+                self._changed.wait_for(lambda: self._line or self._closed)
                 parcel = self._take()
             if parcel is None:
                 return
             _send(parcel)
 
+    @property
+    def _line(self) -> dict[Sequence, None]:
+        return self._beginning or self._ending or self._patient
+
     def _take(self) -> _Parcel | None:
-        line = self._urgent or self._patient
+        line = self._line
         if not line:
             return None
         sequence = next(iter(line))
