@@ -33,8 +33,9 @@ _LOGS = ROOT / ".bench"
 _PERF_ANALYZER = TRITON / "bin" / "perf_analyzer"
 # perf_analyzer 2.51 now and then ends before its profile is written to the end.
 _ATTEMPTS = 5
-# Requests are a multiple of those in flight.
-_WAVES = 4
+# Requests are such a multiple of those in flight: the first come all at once, so their first tokens
+# wait for one another, which shows how a burst happens to be grouped.
+_WAVES = 10
 # Short, as memory changes its speed. What waits in the server to be sent is all overdue after a
 # turn of the engine, so not shorter.
 _TURN_SECONDS = 3.0
