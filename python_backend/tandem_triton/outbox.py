@@ -29,7 +29,7 @@ _SHARE = 0.03
 # After which they wait no longer.
 _MAX_WAIT_SECONDS = 0.75
 # From an end until its client's next request is here, when it comes at once.
-_ANSWER_SECONDS = 0.005
+_ANSWER_SECONDS = 0.003
 
 
 class Receiver(Protocol):
