@@ -99,7 +99,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         decoding = [one for one in scheduler.running if one.is_decoding]
         had_work = scheduler.has_work
-        batch = scheduler.schedule()
+        limits = PromptLimits(most=1 + choose(12), enough=1 + choose(12))
+        batch = scheduler.schedule(limits)
+        prompts = [one.num_tokens for one in batch if one.sequence not in decoding]
+        assert sum(prompts) <= limits.most
+        assert sum(prompts[:-1]) < limits.enough
         self.check_batch(batch, decoding)
         assert bool(batch) == had_work
         for scheduled in batch:

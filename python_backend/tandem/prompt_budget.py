@@ -1,4 +1,4 @@
-"""How many tokens of prompts join a step in which other sequences decode."""
+"""How many tokens of prompts join a step: what those that decode, and other prompts, can bear."""
 
 from __future__ import annotations
 
