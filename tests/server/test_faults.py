@@ -29,8 +29,6 @@ from tandem.options import NAMES
 from triton_runtime import ROOT
 from triton_server import TritonServer
 
-pytestmark = pytest.mark.server
-
 NUM_HOSTILE = 2000
 GOOD: dict[str, Any] = {"temperature": 0.0, "max_tokens": 30}
 

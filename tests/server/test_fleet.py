@@ -20,7 +20,7 @@ from stream import Stream, metric, wait_until
 from local_fleet import Envoy, Pod, container
 from tandem_client import AsyncClient, Client, ServerUnavailableError, TandemClientError
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 NUM_STREAMS = 200
 NUM_TOKENS = 600

@@ -22,8 +22,6 @@ from tandem.options import NAMES
 from triton_runtime import ROOT
 from triton_server import TritonServer
 
-pytestmark = pytest.mark.server
-
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM")
 
 

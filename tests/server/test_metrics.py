@@ -13,8 +13,6 @@ from tritonclient.utils import InferenceServerException
 from triton_runtime import ROOT
 from triton_server import TritonServer
 
-pytestmark = pytest.mark.server
-
 
 def test_the_readme_lists_the_metrics(server: TritonServer) -> None:
     ask(server, **{**COMMON, "ignore_eos": True, "temperature": 0.0, "max_tokens": 60})

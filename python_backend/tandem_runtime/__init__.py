@@ -1,0 +1,1 @@
+"""What starts and assembles a Triton here, and fetches what it and the tests need."""
