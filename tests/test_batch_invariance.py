@@ -60,7 +60,10 @@ def run_all(engine: Engine, sequences: list[Sequence], alone: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "enforce_eager"),
-    [*((name, True) for name in VERIFIERS if name != MIXTURE), ("gemma-3", False)],
+    [
+        *((name, True) for name in VERIFIERS if name != MIXTURE),
+        pytest.param("gemma-3", False, marks=pytest.mark.slow),
+    ],
 )
 def test_states_have_the_same_bits(
     engines, monkeypatch: pytest.MonkeyPatch, name: str, enforce_eager: bool

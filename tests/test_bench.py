@@ -167,6 +167,7 @@ def bench(part: str, directory: Path, *options: str) -> list[str]:
     return [sys.executable, str(SCRIPT), part, *settings, *load, *options]
 
 
+@pytest.mark.slow
 def test_answers_are_compared_in_every_way(tiny: TinyModels, tmp_path: Path) -> None:
     write_model(tiny, tmp_path)
     subprocess.run(bench("invariance", tmp_path), check=True, timeout=300)
@@ -185,6 +186,7 @@ def test_answers_are_compared_in_every_way(tiny: TinyModels, tmp_path: Path) -> 
     assert "| batch_invariant true, temperature 1 | 2/2 same, " in text
 
 
+@pytest.mark.slow
 def test_a_profile_is_the_median_of_its_rounds(tiny: TinyModels, tmp_path: Path) -> None:
     write_model(tiny, tmp_path)
     options = ["--rounds", "3", "--drafters", "ngram", "-c", "1"]

@@ -113,6 +113,7 @@ def untrained_length(verifier: Path, directory: Path) -> float:
     return length
 
 
+@pytest.mark.slow
 def test_a_text_depends_on_seed_and_index_alone(tiny: TinyModels, tmp_path: Path) -> None:
     verifier = str(tiny.verifier("llama"))
     settings: dict[str, Any] = {"sequence_length": 24, "seed": 5, "dtype": "float32"}
@@ -139,6 +140,7 @@ def test_every_twentieth_text_is_held_out() -> None:
     assert held_out == [19, 39, 59]
 
 
+@pytest.mark.slow
 def test_text_files_are_added_once(tiny: TinyModels, tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("Tandem bicycles have two saddles. " * 10)
