@@ -23,15 +23,15 @@ from typing import TypeVar
 import torch
 import transformers
 
-from tandem.acceptance import Verdict
+from tandem.acceptance.match import Verdict
 from tandem.config import EngineConfig
-from tandem.costs import Costs, Curve, DraftCosts
-from tandem.drafters import Drafter, DraftRequest
+from tandem.drafters.drafter import Drafter, DraftRequest
+from tandem.lookahead.costs import Costs, Curve, DraftCosts
 from tandem.machine import cache_directory, code_hash, cpu_name
-from tandem.params import SamplingParams
+from tandem.models.verifier import Verifier, VerifierOutput
+from tandem.requests.params import SamplingParams
+from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
 from tandem.scheduler import Scheduler
-from tandem.sequence import Draft, ScheduledSequence, Sequence
-from tandem.verifier import Verifier, VerifierOutput
 
 logger = logging.getLogger("tandem")
 

@@ -12,31 +12,31 @@ from threading import Lock
 
 import torch
 
-from tandem.acceptance import Verdict, match, toss
-from tandem.admission import Admission
-from tandem.block_pool import BlockPool
+from tandem.acceptance.match import Verdict, match, toss
+from tandem.acceptance.selection import Selection, select
+from tandem.cache.block_pool import BlockPool
 from tandem.calibration import Calibration, calibrate
 from tandem.config import NO_DRAFTER, EngineConfig
-from tandem.costs import CostModel
-from tandem.diagnosis import Finding, Monitor, diagnose
-from tandem.drafter_loading import load_drafters
-from tandem.drafters import Drafter, DraftRequest
+from tandem.drafters.drafter import Drafter, DraftRequest
+from tandem.drafters.loading import load_drafters
 from tandem.errors import (
     InvalidRequestError,
     RequestCancelledError,
     TandemError,
     VerifierOutputError,
 )
-from tandem.loading import load_verifier
-from tandem.logits import TokenLogprobs, token_logprobs
-from tandem.lookahead import AdaptiveLookahead, Lookahead
+from tandem.lookahead.adaptive import AdaptiveLookahead, Lookahead
+from tandem.lookahead.costs import CostModel
+from tandem.lookahead.diagnosis import Finding, Monitor, diagnose
 from tandem.metrics import HIGH_TEMPERATURE, DrafterStats, EngineLoad, EngineStats
-from tandem.outputs import Delta, RequestOutput
-from tandem.params import SamplingParams
+from tandem.models.loading import load_verifier
+from tandem.models.verifier import Verifier, VerifierOutput
+from tandem.requests.admission import Admission
+from tandem.requests.outputs import Delta, RequestOutput
+from tandem.requests.params import SamplingParams
+from tandem.requests.sequence import Draft, FinishReason, ScheduledSequence, Sequence
+from tandem.sampling.processors import TokenLogprobs, token_logprobs
 from tandem.scheduler import Scheduler
-from tandem.selection import Selection, select
-from tandem.sequence import Draft, FinishReason, ScheduledSequence, Sequence
-from tandem.verifier import Verifier, VerifierOutput
 
 logger = logging.getLogger("tandem")
 
@@ -111,7 +111,7 @@ class Engine:
         return AdaptiveLookahead(costs, self.config.max_prefill_slowdown)
 
     def diagnose(self, drafter: str, stats: DrafterStats, batch_size: float = 1.0) -> list[Finding]:
-        """What keeps a drafter from paying; see `tandem.diagnosis.diagnose`."""
+        """What keeps a drafter from paying; see `tandem.lookahead.diagnosis.diagnose`."""
         if drafter not in self.drafters:
             return []
         return diagnose(

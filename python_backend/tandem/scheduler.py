@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import chain
 
-from tandem.block_pool import BlockPool
-from tandem.lookahead import draft_limit
-from tandem.prompt_budget import NO_LIMITS, PromptLimits
-from tandem.sequence import ScheduledSequence, Sequence
+from tandem.cache.block_pool import BlockPool
+from tandem.lookahead.adaptive import draft_limit
+from tandem.lookahead.prompt_budget import NO_LIMITS, PromptLimits
+from tandem.requests.sequence import ScheduledSequence, Sequence
 
 
 class Scheduler:

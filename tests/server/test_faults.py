@@ -25,7 +25,7 @@ from stream import TIMEOUT, Stream, metric, wait_until
 
 from conftest import write_repository
 from tandem import Engine, SamplingParams
-from tandem.options import NAMES
+from tandem.requests.options import NAMES
 from triton_runtime import ROOT
 from triton_server import TritonServer
 

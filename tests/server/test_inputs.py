@@ -18,7 +18,7 @@ from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text
 from tritonclient.utils import InferenceServerException
 
 from tandem import Engine, Guide
-from tandem.options import NAMES
+from tandem.requests.options import NAMES
 from triton_runtime import ROOT
 from triton_server import TritonServer
 

@@ -7,17 +7,17 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor, nn
 
-from tandem.attention import PackedBatch, Span
-from tandem.drafters.assistant import Assistant, SharedKV
-from tandem.graph import (
+from tandem.cache.kv_cache import CacheStandIn, KVCache
+from tandem.cpu.graph import (
     EXAMPLE_TABLES,
     Graph,
     GraphBatch,
     check_compiled,
     try_to_compile,
 )
-from tandem.kernels import Operators
-from tandem.kv_cache import CacheStandIn, KVCache
+from tandem.cpu.kernels import Operators
+from tandem.drafters.assistant import Assistant, SharedKV
+from tandem.models.attention import PackedBatch, Span
 
 
 class _GraphKV(CacheStandIn):
