@@ -15,10 +15,9 @@ from tandem.errors import (
     UnsupportedModelError,
     VerifierOutputError,
 )
-from tandem.requests.outputs import Delta, RequestOutput
+from tandem.requests.outputs import Delta, RequestOutput, TokenLogprobs
 from tandem.requests.params import Guide, SamplingParams
 from tandem.requests.sequence import FinishReason, Sequence
-from tandem.sampling.processors import TokenLogprobs
 
 __all__ = [
     "ConfigError",

@@ -32,10 +32,10 @@ from tandem.metrics import HIGH_TEMPERATURE, DrafterStats, EngineLoad, EngineSta
 from tandem.models.loading import load_verifier
 from tandem.models.verifier import Verifier, VerifierOutput
 from tandem.requests.admission import Admission
-from tandem.requests.outputs import Delta, RequestOutput
+from tandem.requests.outputs import Delta, RequestOutput, TokenLogprobs
 from tandem.requests.params import SamplingParams
 from tandem.requests.sequence import Draft, FinishReason, ScheduledSequence, Sequence
-from tandem.sampling.processors import TokenLogprobs, token_logprobs
+from tandem.sampling.processors import token_logprobs
 from tandem.scheduler import Scheduler
 
 logger = logging.getLogger("tandem")

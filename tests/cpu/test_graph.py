@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tandem.cpu.compiler
 import tandem.cpu.graph
 import tandem.cpu.packing
-import tandem.models.compiled_pass
 from doubles import plain, prompt_of, tokens_of
 from tandem import Engine, EngineConfig, SamplingParams
 from tandem.cpu.kernels.operators import write_kv
-from test_drafter_trained import engine_with, make_assistant
+from tiny_assistants import engine_with, make_assistant
 from tiny_engines import DEVICE, TinyModels
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="graphs are made for CPUs")
@@ -96,7 +96,7 @@ def test_a_wrong_graph_is_not_used(
             slots = torch.zeros_like(slots)
         return write_kv(keys, values, slots, 0 if wrong == "another layer" else layer)
 
-    monkeypatch.setattr(tandem.models.compiled_pass, "write_kv", write)
+    monkeypatch.setattr(tandem.cpu.compiler, "write_kv", write)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     engine = engines.make("llama", enforce_eager=False)
     assert "compiled, it computes something else" in caplog.text

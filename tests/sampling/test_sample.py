@@ -15,8 +15,9 @@ from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation import TopPLogitsWarper
 
+import tandem.sampling.sample as sampling
 from doubles import prompt_of, run
-from tandem import SamplingParams, sampling
+from tandem import SamplingParams
 from tandem.sampling.sample import Draw, block_gumbel, gumbel, sample, splitmix64
 from tiny_engines import TinyModels
 

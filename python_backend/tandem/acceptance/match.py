@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 from random import Random
 from typing import NamedTuple
 
-from tandem.sampling.processors import TokenLogprobs
+from tandem.requests.outputs import TokenLogprobs
 
 
 class Verdict(NamedTuple):

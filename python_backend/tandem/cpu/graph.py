@@ -17,21 +17,18 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tandem.cache.kv_cache import KVCache
-from tandem.cpu.kernels import Operators, operators
-from tandem.cpu.kernels.operators import attend, direct_calls, once
-from tandem.cpu.packing import Int8Linear, PackedLinear
+from tandem.cpu.kernels import Operators
+from tandem.cpu.kernels.operators import direct_calls, once
 from tandem.errors import UnsupportedModelError
 from tandem.machine import cache_directory, code_hash, cpu_name
 
@@ -47,68 +44,8 @@ _SETTINGS = {
     # No pool of processes is left behind.
     "compile_threads": 1,
 }
-# Results may differ from the model's own by rounding alone: by the root mean square, a share of it.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 # The compiler writes the values of constants of this size into the code.
 _MAX_INLINED = 64
-
-# The sequences in the examples of passes, each of a block and a token at least.
-EXAMPLE_TABLES = ((5, 0), (1, 4), (3, 2))
-_NUM_EXAMPLE_BLOCKS = 6
-_MIN_BLOCK_SIZE = 2
-
-T = TypeVar("T")
-
-
-def try_to_compile(
-    make: Callable[[Operators], T], model: PreTrainedModel, cache: KVCache
-) -> T | None:
-    """What `make` makes of graphs, or None where the model can't be compiled.
-
-    Args:
-        make: gets the operators with the model's weights and the pool.
-    """
-    found = operators(model.device, model.dtype, cache.block_size)
-    if found is None:
-        return None
-    if cache.num_blocks < _NUM_EXAMPLE_BLOCKS or cache.block_size < _MIN_BLOCK_SIZE:
-        logger.info(
-            "%s runs uncompiled: the cache has %d blocks of %d tokens, and %d of %d are needed",
-            *(type(model).__name__, cache.num_blocks, cache.block_size),
-            *(_NUM_EXAMPLE_BLOCKS, _MIN_BLOCK_SIZE),
-        )
-        return None
-    for module in model.modules():
-        if isinstance(module, (PackedLinear, Int8Linear)):
-            module.register(found)
-    for layer in cache.layers:
-        found.add_pool(layer, *cache.layer(layer))
-    try:
-        with torch.no_grad(), _example_kv(cache):
-            return make(found)
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        logger.warning("%s runs uncompiled, which is slower: %s", type(model).__name__, said)
-        logger.debug("why it can't be compiled", exc_info=True)
-        return None
-
-
-@contextmanager
-def _example_kv(cache: KVCache) -> Iterator[None]:
-    """Other K/V in every slot of the examples' sequences, and zeros again afterwards."""
-    generator = torch.Generator().manual_seed(0)
-    pools = [
-        pool[: _NUM_EXAMPLE_BLOCKS * cache.block_size]
-        for layer in cache.layers
-        for pool in cache.layer(layer)
-    ]
-    try:
-        for pool in pools:
-            pool.normal_(generator=generator)
-        yield
-    finally:
-        for pool in pools:
-            pool.zero_()
 
 
 class Graph:
@@ -217,37 +154,3 @@ def _utf8_files() -> Iterator[None]:
         yield
     finally:
         locale.setlocale(locale.LC_CTYPE, before)
-
-
-class GraphBatch:
-    """Stands in for a `PackedBatch` while a graph is made of a pass."""
-
-    def __init__(self, spans: Tensor, tables: Tensor, *, causal: bool = True) -> None:
-        """Takes what `PackedBatch.spans` gave, as inputs of the graph."""
-        self._spans, self._tables = spans, tables
-        self._causal = causal
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        """See `tandem.models.attention.Packed`; key is what stands for the layer in the graph."""
-        return attend(query, key, self._spans, self._tables, scaling, window, causal=self._causal)
-
-
-def check_compiled(result: Tensor, expected: Tensor) -> None:
-    """Compares what a graph and the model itself computed.
-
-    Raises:
-        UnsupportedModelError: they are not the same.
-    """
-    if result.shape != expected.shape:
-        raise UnsupportedModelError(
-            f"compiled, it gives a {tuple(result.shape)} instead of a {tuple(expected.shape)}"
-        )
-    difference = (result.float() - expected.float()).square().mean().sqrt().item()
-    allowed = _TOLERANCE[result.dtype] * expected.float().square().mean().sqrt().item()
-    if not difference <= allowed:
-        raise UnsupportedModelError(
-            f"compiled, it computes something else: results differ by {difference:.3g}, and "
-            f"rounding explains {allowed:.3g}"
-        )

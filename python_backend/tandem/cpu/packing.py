@@ -284,8 +284,8 @@ def pack_model(model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
     """
     embedding = tied_embedding(model)
     pack_linears(model, groups=groups)
-    matrix: BlockedMatrix | None = getattr(model.get_output_embeddings(), "matrix", None)
-    if embedding is not None and matrix is not None:
+    head = model.get_output_embeddings()
+    if embedding is not None and head is not None and (matrix := head_matrix(head)) is not None:
         read_from(embedding, matrix)
     release_file(model)
 
@@ -296,3 +296,25 @@ def release_file(model: nn.Module) -> None:
         if not isinstance(module, TiedEmbedding):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.clone()
+
+
+def pack_drafter(drafter: nn.Module, keep: nn.Module | None = None) -> None:
+    """Packs a drafter's linear layers; large ones may be rounded to 8 bits.
+
+    Args:
+        keep: see `pack_linears`.
+    """
+    pack_linears(drafter, keep, int8=True)
+    release_file(drafter)
+
+
+def head_matrix(head: nn.Module) -> BlockedMatrix | None:
+    """Where the weights of an output head lie, if that is known.
+
+    Args:
+        head: a linear layer, packed or not, or what stands in its place and holds it.
+    """
+    for module in head.modules():
+        if isinstance(module, PackedLinear):
+            return module.matrix
+    return BlockedMatrix.plain(head.get_parameter("weight").detach())

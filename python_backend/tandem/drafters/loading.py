@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from tandem.config import DrafterConfig, EngineConfig
-from tandem.cpu.kernels import fuse_norms
-from tandem.cpu.packing import can_pack, pack_linears, release_file
 from tandem.drafters.assistant import Assistant
 from tandem.drafters.causal_lm import CausalLMDrafter
 from tandem.drafters.combined import CombinedDrafter
@@ -13,6 +11,7 @@ from tandem.drafters.mtp import Gemma4Drafter, MTPDrafter, TrainedDrafter
 from tandem.drafters.ngram import NgramDrafter
 from tandem.errors import ConfigError
 from tandem.models.loading import LoadedVerifier, load_model
+from tandem.wing import wing_of
 
 
 def load_drafters(config: EngineConfig, verifier: LoadedVerifier) -> dict[str, Drafter]:
@@ -53,13 +52,10 @@ def _load_mtp_drafter(
     name: str, path: str, verifier: LoadedVerifier, *, enforce_eager: bool
 ) -> MTPDrafter:
     assistant = load_model(path, verifier.model.dtype, verifier.model.device)
-    fuse_norms(assistant)
-    packs = can_pack(assistant.device, assistant.dtype)
+    wing = wing_of(assistant.device)
     if isinstance(assistant, Assistant):
         assistant.attach(verifier.model)
-        if packs:
-            pack_linears(assistant, int8=True)
-            release_file(assistant)
+        wing.prepare_drafter(assistant)
         return TrainedDrafter(
             assistant, verifier.model, verifier.cache, enforce_eager=enforce_eager
         )
@@ -68,9 +64,6 @@ def _load_mtp_drafter(
             f"drafters.{name}: {path} is a {type(assistant).__name__}; type 'mtp' needs a Gemma 4 "
             "assistant or one that scripts/train_drafter.py made"
         )
-    if packs:
-        # The centroid head picks rows of this weight.
-        keep = assistant.lm_head if assistant.masked_embedding else None
-        pack_linears(assistant, keep, int8=True)
-        release_file(assistant)
+    # The centroid head picks rows of this weight.
+    wing.prepare_drafter(assistant, assistant.lm_head if assistant.masked_embedding else None)
     return Gemma4Drafter(assistant, verifier.model, verifier.cache)

@@ -1,9 +1,10 @@
 """Attention over the block pool, registered with transformers under the name `ATTENTION`.
 
 All sequences of a pass lie in one row without padding. Each attends to its own slots of the pool.
-On a CPU the few queries of a decoding sequence go through a kernel that reads the blocks in place,
-all sequences in one call. Prompts, and everything where there is no such kernel, go through torch's
-attention, sequence by sequence: in place where the blocks are contiguous, gathered where not.
+Where the wing has a kernel that reads the blocks in place, the few queries of decoding sequences go
+through it, all sequences in one call. Prompts, and everything where there is no such kernel, go
+through matrix products, sequence by sequence: in place where the blocks are contiguous, gathered
+where not.
 """
 
 from __future__ import annotations
@@ -16,20 +17,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from tandem.cpu.kernels import AttentionKernel, Queries, attention_kernel
 from tandem.errors import UnsupportedModelError
+from tandem.wing import AttentionKernel, Queries, wing_of
 
 ATTENTION = "tandem"
 # What transformers passes for soft-capped scores and for attention sinks.
 _UNSUPPORTED = ("softcap", "s_aux")
 # From so many queries of one sequence on, matrix products win over the kernel.
 _MANY_QUERIES = 16
-# A CPU computes so many of them at once: their scores stay in its caches, and keys behind the last
-# of them are left out instead of being masked.
-_QUERIES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -94,10 +91,11 @@ class PackedBatch:
         self._dtype = dtype
         self._device = device
         self._causal = causal
-        self.kernel: AttentionKernel | None = attention_kernel(device, dtype)
+        self._wing = wing_of(device)
+        self.kernel: AttentionKernel | None = self._wing.attention_kernel(dtype)
         assert self.kernel is not None or not batch_invariant
         self._too_many = math.inf if batch_invariant else _MANY_QUERIES
-        self.queries_at_once = _QUERIES_AT_ONCE if device.type == "cpu" and causal else None
+        self.queries_at_once = self._wing.queries_at_once if causal else None
         self._queries: dict[int | None, Queries | None] = {}
         self._reads: dict[tuple[int | None, int], list[_Read]] = {}
 
@@ -117,7 +115,7 @@ class PackedBatch:
             # The query heads that share a KV head become rows of one product.
             grouped = query[:, :, read.queries].reshape(1, num_kv_heads, -1, head_dim)
             keys, values = _read(key, read.slots), _read(value, read.slots)
-            attended = _attend(grouped, keys, values, read.mask, scaling)
+            attended = self._wing.attend(grouped, keys, values, read.mask, scaling)
             output[read.queries] = attended.view(num_heads, -1, head_dim).transpose(0, 1)
         return output.unsqueeze(0)
 
@@ -256,17 +254,6 @@ def paged_attention(
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the paged attention has no {name}, which this model uses")
     return packed.attend(query, key, value, scaling, sliding_window), None
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of `[1, num_kv_heads, num_rows, head_dim]`."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # oneDNN's bfloat16 products, which torch's own attention does not use without AMX.
-        scores = torch.matmul(query, key.transpose(-2, -1)).float().mul_(scale)
-        if mask is not None:
-            scores += mask
-        return torch.matmul(scores.softmax(-1).to(query.dtype), value)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _read(pool: Tensor, slots: tuple[slice, ...]) -> Tensor:

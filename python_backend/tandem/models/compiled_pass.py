@@ -6,41 +6,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tandem.cache.kv_cache import CacheStandIn, KVCache
-from tandem.cpu.graph import (
-    EXAMPLE_TABLES,
-    Graph,
-    GraphBatch,
-    check_compiled,
-    try_to_compile,
-)
-from tandem.cpu.kernels import Operators
-from tandem.cpu.kernels.operators import write_kv
+from tandem.cache.kv_cache import KVCache
 from tandem.models.attention import PackedBatch, Span
 from tandem.models.head import take_states
 from tandem.models.packed_pass import packed_logits
-
-
-class _GraphWriter(CacheStandIn):
-    """Stands in for a `KVWriter` while a graph is made of a pass."""
-
-    def __init__(self, slots: Tensor) -> None:
-        self._slots = slots
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Stores K and V, and gives what stands for the layer in the graph."""
-        layer = write_kv(key_states, value_states, self._slots, layer_idx)
-        return layer, layer
+from tandem.wing import Compiler, wing_of
 
 
 class _Pass(nn.Module):
     """What `packed_logits` does, of tensors alone."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, compiler: Compiler) -> None:
         super().__init__()
         self.model = model
+        self._compiler = compiler
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the output head reads behind `rows`, `[num_rows, hidden_size]`."""
@@ -48,10 +27,10 @@ class _Pass(nn.Module):
         self.model(
             input_ids=token_ids,
             position_ids=positions,
-            cache=_GraphWriter(slots),
+            cache=self._compiler.writer(slots),
             use_cache=True,
             logits_to_keep=rows,
-            packed=GraphBatch(spans, tables),
+            packed=self._compiler.batch(spans, tables),
         )
         return take_states(self.model)[0]
 
@@ -59,19 +38,21 @@ class _Pass(nn.Module):
 class CompiledPass:
     """The verifier's pass up to the output head."""
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, operators: Operators) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVCache, compiler: Compiler) -> None:
         """Makes the graph and compares it with the model.
 
         Args:
             model: its output head is deferred.
-            operators: with the model's weights and the cache.
+            compiler: with the model's weights and the cache.
 
         Raises:
             UnsupportedModelError: the graph computes something else.
         """
         # Every size is another, so that none is taken for the same as one that happens to be equal.
         length = cache.block_size + 1
-        spans = [Span(n, length, t) for n, t in zip((3, 2, 2), EXAMPLE_TABLES, strict=True)]
+        spans = [
+            Span(n, length, t) for n, t in zip((3, 2, 2), compiler.example_tables, strict=True)
+        ]
         packed = PackedBatch(spans, cache.block_size, model.dtype, model.device)
         positions = [p for s in spans for p in range(length - s.num_queries, length)]
         token_ids, rows = list(range(len(positions))), [0, 2, 3, 6]
@@ -82,10 +63,10 @@ class CompiledPass:
         for pool in pools:
             pool[slots] = torch.nan
         inputs = self._inputs(packed, token_ids, positions, rows)
-        self._graph = Graph(_Pass(model), inputs, operators)
-        check_compiled(self(packed, token_ids, positions, rows), expected[0])
+        self._graph = compiler.graph(_Pass(model, compiler), inputs)
+        compiler.check(self(packed, token_ids, positions, rows), expected[0])
         for pool, states in zip(pools, written, strict=True):
-            check_compiled(pool[slots], states)
+            compiler.check(pool[slots], states)
 
     def __call__(
         self, packed: PackedBatch, token_ids: list[int], positions: list[int], rows: list[int]
@@ -114,4 +95,5 @@ class CompiledPass:
 
 def compile_pass(model: PreTrainedModel, cache: KVCache) -> CompiledPass | None:
     """Compiles the pass of a model whose output head is deferred; None where that can't be done."""
-    return try_to_compile(lambda operators: CompiledPass(model, cache, operators), model, cache)
+    wing = wing_of(model.device)
+    return wing.compiled(lambda compiler: CompiledPass(model, cache, compiler), model, cache)

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tandem.cpu.blocked_matrix import BlockedMatrix
-from tandem.cpu.kernels import LikeliestToken, likeliest_token
-from tandem.cpu.packing import PackedLinear
 from tandem.sampling.sample import largest
+from tandem.wing import LikeliestToken, wing_of
 
 
 class OutputHead(nn.Module):
@@ -51,18 +49,11 @@ class OutputHead(nn.Module):
         assert self.states is not None
         self._can_defer = torch.equal(self.logits(self.states)[0], logits)
 
-    @property
-    def matrix(self) -> BlockedMatrix | None:
-        """Where the weights lie, if that is known."""
-        if isinstance(self._head, PackedLinear):
-            return self._head.matrix
-        return BlockedMatrix.plain(self.weight.detach())
-
     def index(self) -> None:
         """Prepares `likeliest`, once the weights lie where they stay."""
         has_bias = getattr(self._head, "bias", None) is not None
-        if self._can_defer and not has_bias and (matrix := self.matrix) is not None:
-            self._likeliest = likeliest_token(matrix)
+        if self._can_defer and not has_bias:
+            self._likeliest = wing_of(self.weight.device).likeliest_token(self._head)
 
     def defer(self) -> None:
         """Takes the head out of the model's pass, if that can be."""

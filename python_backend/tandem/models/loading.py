@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import (
     AutoConfig,
@@ -22,8 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tandem.cache.kv_cache import KVCache
 from tandem.config import EngineConfig
-from tandem.cpu.kernels import fuse_norms
-from tandem.cpu.packing import can_pack, fix_tiles, joinable, keep_few_products, pack_model
 from tandem.drafters.assistant import AssistantConfig
 from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.models.attention import ATTENTION
@@ -31,17 +28,16 @@ from tandem.models.compiled_pass import CompiledPass, compile_pass
 from tandem.models.head import OutputHead
 from tandem.models.probing import (
     NUM_PROBE_TOKENS,
-    check_kernels,
     check_linear,
     check_paged,
     probe,
     probe_ids,
 )
+from tandem.wing import device_of, wing_of
 
 logger = logging.getLogger("tandem")
 
 _DEFAULT_MODEL_LEN = 4096
-_CPU_CACHE_SHARE = 0.25
 # Where multimodal checkpoints keep the weights of their text part -> where the text class does.
 _TEXT_PART = {
     r"^(model\.language_model|language_model\.model)\.": "model.",
@@ -84,9 +80,10 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         UnsupportedModelError: the architecture doesn't fit the paged cache.
     """
     dtype, device = resolve(config.dtype, config.device)
+    wing = wing_of(device)
     if config.batch_invariant:
-        check_kernels(dtype, device)
-    keep_few_products()
+        wing.check_batch_invariant(dtype)
+    wing.set_up()
     model = load_model(config.verifier, dtype, device)
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
@@ -101,19 +98,17 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     head = OutputHead(model)
     probes, groups = {}, {}
     for name, each in models.items():
-        with joinable(each) as groups[name]:
+        with wing.joinable(each) as groups[name]:
             probes[name] = probe(each)
     head.examine(probes[None][1])
     for name, each in models.items():
-        if can_pack(device, dtype):
-            pack_model(each, groups[name])
-        fuse_norms(each)
+        wing.prepare(each, groups[name])
     head.index()
     # They hold what has been replaced.
     del groups
     if config.batch_invariant:
         check_linear(model)
-        fix_tiles(model)
+        wing.fix_products(model)
     elements_per_token = sum(s.elements_per_token for shapes, _ in probes.values() for s in shapes)
     num_tokens = _cache_tokens(config, model, max_model_len, elements_per_token * dtype.itemsize)
     num_blocks = num_tokens // config.block_size
@@ -198,20 +193,12 @@ def resolve(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
     """What `EngineConfig.dtype` and `EngineConfig.device` stand for on this machine.
 
     Raises:
-        ConfigError: the device is none of torch's.
+        ConfigError: there is no such device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is not a torch device") from error
+    found = device_of(device)
     if dtype != "auto":
         return getattr(torch, dtype), found
-    if found.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16, found
-    logger.info("this CPU has no bfloat16 products: taking float32")
-    return torch.float32, found
+    return wing_of(found).default_dtype(), found
 
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -268,20 +255,11 @@ def _cache_tokens(
         return config.kv_cache_tokens
     # Each sequence may leave its last block partly empty.
     per_sequence = -(-max_model_len // config.block_size) * config.block_size
-    if model.device.type == "cuda":
-        return _free_gpu_bytes(config, model) // bytes_per_token
-    free = psutil.virtual_memory().available * _CPU_CACHE_SHARE
-    return min(config.max_num_seqs * per_sequence, int(free // bytes_per_token))
 
+    def largest_pass() -> None:
+        ids = probe_ids(model).repeat(1, -(-config.max_num_batched_tokens // NUM_PROBE_TOKENS))
+        model(input_ids=ids, use_cache=False, logits_to_keep=config.max_num_seqs)
 
-@torch.inference_mode()
-def _free_gpu_bytes(config: EngineConfig, model: PreTrainedModel) -> int:
-    """What the weights and the largest pass leave of this process's share of the GPU."""
-    torch.cuda.reset_peak_memory_stats(model.device)
-    ids = probe_ids(model).repeat(1, -(-config.max_num_batched_tokens // NUM_PROBE_TOKENS))
-    model(input_ids=ids, use_cache=False, logits_to_keep=config.max_num_seqs)
-    free, total = torch.cuda.mem_get_info(model.device)
-    outside = total - free - torch.cuda.memory_reserved(model.device)
-    peak = torch.cuda.max_memory_allocated(model.device)
-    torch.cuda.empty_cache()
-    return max(0, int(total * config.gpu_memory_utilization) - outside - peak)
+    wanted = config.max_num_seqs * per_sequence * bytes_per_token
+    share = config.gpu_memory_utilization
+    return wing_of(model.device).cache_bytes(wanted, share, largest_pass) // bytes_per_token

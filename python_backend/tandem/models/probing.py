@@ -8,9 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from tandem.cache.kv_cache import KVCache, LayerShape
-from tandem.cpu.kernels import attention_kernel
-from tandem.cpu.packing import can_pack
-from tandem.errors import ConfigError, UnsupportedModelError
+from tandem.errors import UnsupportedModelError
 from tandem.models.attention import PackedBatch, Span
 
 NUM_PROBE_TOKENS = 8
@@ -88,20 +86,6 @@ def check_paged(model: PreTrainedModel, cache: KVCache, expected: Tensor) -> Non
         raise UnsupportedModelError(
             f"{type(model).__name__} gives other logits on the paged cache than on its own: they "
             f"differ by {difference:.3g}, and rounding explains {allowed:.3g}"
-        )
-
-
-def check_kernels(dtype: torch.dtype, device: torch.device) -> None:
-    """Whether there are products and attention that don't depend on what else is in a pass."""
-    where = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-    if not can_pack(device, dtype):
-        raise ConfigError(
-            f"batch_invariant needs oneDNN's packed products, and there are none for {where}"
-        )
-    if attention_kernel(device, dtype) is None:
-        raise ConfigError(
-            f"batch_invariant needs Tandem's own attention, and there is none for {where}: "
-            "install a C compiler"
         )
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tandem.errors import TandemError
 from tandem.requests.sequence import FinishReason, Sequence
 from tandem.requests.text import OutputText, Tokenizer
-from tandem.sampling.processors import TokenLogprobs
+
+
+class TokenLogprobs(NamedTuple):
+    """A token's log probability, its rank from 1, and the likeliest tokens with theirs."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)

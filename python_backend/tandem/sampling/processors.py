@@ -8,23 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Items
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tandem.requests.outputs import TokenLogprobs
 from tandem.requests.sequence import Sequence
 
 _BITS = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1 == 1  # [256, 8]
-
-
-class TokenLogprobs(NamedTuple):
-    """A token's log probability, its rank from 1, and the likeliest tokens with theirs."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
 
 
 def adjust(

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tandem.cpu.kernels import exp_sums
 from tandem.requests.params import SamplingParams
+from tandem.wing import wing_of
 
 _BLOCK = 256
 # How many of the largest scores are sorted at first, and how many times more where they don't do.
@@ -245,7 +245,7 @@ def _floor(groups: Tensor, group_best: Tensor, rows: _Rows) -> Tensor:
     needs_mass = _places(has_nucleus & ~is_limited)
     mass = torch.ones_like(best)
     if len(needs_mass):
-        mass[needs_mass] = exp_sums(
+        mass[needs_mass] = wing_of(groups.device).exp_sums(
             groups.flatten(1), needs_mass, rows.temperature[needs_mass], best[needs_mass]
         )
     left, size = _places(has_nucleus | is_limited), min(_FIRST_SORTED, num_candidates)
