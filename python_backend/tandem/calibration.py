@@ -25,7 +25,8 @@ import transformers
 from tandem.acceptance.match import Verdict
 from tandem.config import EngineConfig
 from tandem.drafters.drafter import Drafter, DraftRequest
-from tandem.lookahead.costs import Costs, Curve, DraftCosts
+from tandem.lookahead.adaptive import AdaptiveLookahead, Lookahead
+from tandem.lookahead.costs import CostModel, Costs, Curve, DraftCosts
 from tandem.machine import cache_directory, code_hash
 from tandem.models.verifier import Verifier, VerifierOutput
 from tandem.requests.params import SamplingParams
@@ -48,6 +49,14 @@ _NUM_DRAFTS = 8
 
 T = TypeVar("T")
 Accept = Callable[[list[ScheduledSequence], VerifierOutput], list[Verdict | None]]
+
+
+def make_lookahead(config: EngineConfig, calibration: Calibration) -> Lookahead:
+    """The lookahead that the configuration asks for, with what drafting costs here."""
+    if config.lookahead == "fixed" or not config.drafter_configs:
+        return Lookahead()
+    costs = CostModel(calibrate(config, calibration))
+    return AdaptiveLookahead(costs, config.max_prefill_slowdown)
 
 
 def calibrate(config: EngineConfig, calibration: Calibration) -> Costs:

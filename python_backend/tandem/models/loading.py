@@ -21,7 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tandem.cache.kv_cache import KVCache
 from tandem.config import EngineConfig
-from tandem.drafters.assistant import AssistantConfig
 from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.models.attention import ATTENTION
 from tandem.models.compiled_pass import CompiledPass, compile_pass
@@ -208,8 +207,8 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTraine
         loader: Any = AutoModelForCausalLM
         arguments: dict[str, Any] = {"config": config}
         text_config = config.get_text_config()
-        # An assistant has a text part too, but is no multimodal model.
-        if isinstance(config, AssistantConfig):
+        # An assistant has a text part too, but is no multimodal model; Tandem's is no causal LM.
+        if hasattr(config, "source_layers"):
             loader = AutoModel
         elif text_config is not config and not hasattr(config, "backbone_hidden_size"):
             loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]

@@ -64,7 +64,19 @@ class Admission:
         num_speculative_tokens: int | None,
         cache_salt: str,
     ) -> Sequence:
-        """See `Engine.make_sequence`."""
+        """Checks one request and tokenizes its prompt; nothing is queued yet.
+
+        Args:
+            prompt: text, or token ids as they are.
+            params: how tokens are chosen.
+            drafter: a configured name, or "none"; the configured default when not given.
+            num_speculative_tokens: draft tokens a step at most, up to the drafter's own limit;
+                0 switches speculation off.
+            cache_salt: only requests with the same one share K/V in the prefix cache.
+
+        Raises:
+            InvalidRequestError: naming the argument and what is allowed.
+        """
         if drafter is None:
             drafter = self._split.next()
         max_lookahead = self._lookahead(drafter, num_speculative_tokens)

@@ -107,6 +107,15 @@ class Sequence:
                 return token_ids[: index + 1]
         return token_ids
 
+    def add_round(self, num_drafted: int, num_accepted: int) -> None:
+        """Counts a pass behind which tokens were appended, `num_accepted` of them drafts."""
+        # The K/V of accepted drafts are valid; those of rejected ones lie behind the length.
+        self.num_computed += num_accepted
+        self.num_verify_steps += 1
+        self.num_drafts += num_drafted > 0
+        self.num_draft_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
+
     def _check_end(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         """Finishes the sequence if the token just appended ends it."""
         params = self.params
