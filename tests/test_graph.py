@@ -19,7 +19,7 @@ import tandem.packing
 from doubles import plain, prompt_of, tokens_of
 from tandem import Engine, EngineConfig, SamplingParams
 from tandem.kernels.operators import write_kv
-from test_drafter_trained import engine_with, make_assistant
+from tiny_assistants import engine_with, make_assistant
 from tiny_engines import DEVICE, TinyModels
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="graphs are made for CPUs")

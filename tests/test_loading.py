@@ -14,28 +14,16 @@ from doubles import prompt_of, run
 from tandem import (
     ConfigError,
     Engine,
-    EngineConfig,
     InvalidRequestError,
     SamplingParams,
     UnsupportedModelError,
     VerifierOutputError,
 )
 from tandem.attention import PackedBatch
-from tiny_engines import TinyModels
+from tiny_engines import TinyModels, config_of
 from tiny_models import save_assistant, save_model, save_verifier
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-
-
-def config_of(path: Path, **changes: Any) -> EngineConfig:
-    values = {
-        "dtype": "float32",
-        "max_model_len": 64,
-        "kv_cache_tokens": 512,
-        "block_size": 4,
-        "enforce_eager": True,
-    }
-    return EngineConfig(**{"verifier": str(path), **values, **changes})
 
 
 def edit_weights(path: Path, edit: Any) -> None:

@@ -12,8 +12,7 @@ import pytest
 from doubles import HalfDrafter, WrongDrafter, plain, prompt_of, run
 from tandem import Engine, InvalidRequestError, SamplingParams, Sequence
 from tandem.sequence import Draft
-from test_loading import config_of
-from tiny_engines import Engines
+from tiny_engines import Engines, config_of
 from tiny_models import ASSISTANTS, VERIFIERS, save_verifier
 
 BLOCK_SIZE = 4  # of the tiny engines

@@ -44,7 +44,7 @@ from tandem_bench import (
 )
 from tandem_bench.settings import Settings
 from tandem_bench.worker import WorkerError
-from triton_server import ServerError
+from tandem_runtime.server import ServerError
 
 _EXAMPLES = """examples:
   python scripts/bench.py all                             # hours; what make bench does
@@ -154,7 +154,3 @@ def positive(value: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return number
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from triton_runtime import ROOT
+from tandem_runtime.paths import ROOT
 
 _EXAMPLES = """examples:
   make bench-peers
@@ -102,7 +102,3 @@ def iomp() -> Path | None:
     """Intel's OpenMP in `.vllm`; None where vLLM isn't installed."""
     path = VENV / "lib" / "libiomp5.so"
     return path if path.exists() else None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

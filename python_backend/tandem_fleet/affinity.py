@@ -21,10 +21,10 @@ from pathlib import Path
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from local_fleet import Envoy, Pod
-from measure_fleet import PROMPTS, copy_model
 from tandem_client import AsyncClient, Options
-from triton_server import ServerError
+from tandem_fleet.local import Envoy, Pod
+from tandem_fleet.measure import PROMPTS, copy_model
+from tandem_runtime.server import ServerError
 
 _HITS, _QUERIES = "tandem:prefix_cache_hits_total", "tandem:prefix_cache_queries_total"
 
@@ -98,7 +98,3 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--think-seconds", type=float, default=3, help="between turns, mean (3)")
     return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

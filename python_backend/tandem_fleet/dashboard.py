@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import count
-from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
@@ -18,7 +17,9 @@ from grafana_foundation_sdk.builders.timeseries import Panel
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import DataSourceRef
 
-PATH = Path(__file__).resolve().parent.parent / "deploy/components/monitoring/dashboard.json"
+from tandem_runtime.paths import ROOT
+
+PATH = ROOT / "deploy/components/monitoring/dashboard.json"
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
 _OF = 'namespace="$namespace"'
 _RATE = "[$__rate_interval]"
@@ -176,6 +177,12 @@ ROWS = {
 }
 
 
+def main() -> int:
+    """Writes the file and returns the exit status."""
+    PATH.write_text(build(), encoding="utf-8")
+    return 0
+
+
 def build() -> str:
     """The dashboard as Grafana imports it."""
     source = DatasourceVariable("source").label("Prometheus").type("prometheus")
@@ -219,7 +226,3 @@ def _panel(graph: Graph) -> Panel:
         query = Dataquery().ref_id(letter).expr(expression).legend_format(legend)
         panel = panel.with_target(query)
     return panel
-
-
-if __name__ == "__main__":
-    PATH.write_text(build(), encoding="utf-8")

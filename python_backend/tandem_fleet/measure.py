@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from fleet_model import Costs, PodSettings
-from fleet_simulation import Arrival, Fleet, Study, Workload, made_up_arrivals
-from local_fleet import Envoy, Pod
 from tandem_client import AsyncClient, Options
-from triton_runtime import ROOT
-from triton_server import ServerError
+from tandem_fleet.costs import Costs
+from tandem_fleet.local import Envoy, Pod
+from tandem_fleet.pod import PodSettings
+from tandem_fleet.simulation import Arrival, Fleet, Study, Workload, made_up_arrivals
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import ServerError
 
 MODEL = ROOT / "model_repository/tandem"
 PROMPTS = ROOT / "prompts/held_out.jsonl"
@@ -198,7 +199,3 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=40)
     parser.add_argument("--output-tokens", type=int, default=32)
     return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

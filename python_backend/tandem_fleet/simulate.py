@@ -14,11 +14,12 @@ import json
 import sys
 from pathlib import Path
 
-from fleet_model import Costs, PodSettings
-from fleet_simulation import Study, Workload
-from fleet_studies import balancing, load, scaling, speculation
+from tandem_fleet.costs import Costs
+from tandem_fleet.pod import PodSettings
+from tandem_fleet.simulation import Study, Workload
+from tandem_fleet.studies import balancing, load, scaling, speculation
+from tandem_runtime.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 STUDIES = {"load": load, "balancing": balancing, "scaling": scaling, "speculation": speculation}
 
 
@@ -79,7 +80,3 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--price", type=float, default=1.0, help="of a pod for an hour (1)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/scaling")
     return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from fetch_models import GEMMA
-from triton_runtime import ROOT, TRITON, in_container, libpython_directory, runtime_key
+from tandem_runtime.models import GEMMA
+from tandem_runtime.paths import ROOT
+from tandem_runtime.triton import TRITON, in_container, libpython_directory, runtime_key
 
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
@@ -128,7 +129,10 @@ def triton_is_done() -> bool:
 
 def make_triton() -> None:
     """Makes `.triton`."""
-    run([str(VENV_PYTHON), "scripts/triton_runtime.py"], f"no Triton could be set up. {PIP_HELP}")
+    run(
+        [str(VENV_PYTHON), "-m", "tandem_runtime.triton"],
+        f"no Triton could be set up. {PIP_HELP}",
+    )
 
 
 def make_models() -> None:
@@ -246,7 +250,3 @@ def run(command: list[str], failure: str) -> None:
         raise KeyboardInterrupt
     if status:
         raise SetUpError(failure)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

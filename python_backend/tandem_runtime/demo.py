@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tandem_client import Client, Completion, Options, TandemClientError
 from tandem_client.cli import follow, ignore, printer
-from triton_runtime import ROOT
-from triton_server import ServerError, TritonServer
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import ServerError, TritonServer
 
 MODEL_REPOSITORY = ROOT / "model_repository"
 MAX_TOKENS = 96
@@ -154,7 +154,3 @@ def conditions(log_file: Path) -> str:
         "temperature 0.8.\nacceptance: share of the draft tokens that the verifier accepted; mean "
         "length: tokens of a round that had drafts."
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

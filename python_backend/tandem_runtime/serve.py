@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from triton_runtime import ROOT
-from triton_server import ServerError, TritonServer, port_is_free
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import ServerError, TritonServer, port_is_free
 
 _ANY = re.compile("")
 _WARNING = re.compile(r"[WE]\d{4} ")
@@ -146,7 +146,3 @@ class LogView:
         if self._progress:
             print("\r\033[K", end="")
             self._progress = ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,7 @@ from tandem_train.evaluate import Prompt, evaluate, read_prompts, table
 from tandem_train.generate import add_texts, generate
 from tandem_train.train import TrainingConfig, train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT_PROMPTS = ROOT / "prompts" / "held_out.jsonl"
 _EXAMPLES = """examples:
   python scripts/train_drafter.py all .models/gemma-3-270m .training/gemma
@@ -213,7 +213,3 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     path = arguments.directory / "evaluation.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

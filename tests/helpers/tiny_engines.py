@@ -90,3 +90,15 @@ class Engines:
             except AssertionError:
                 del self._loaded[key]
                 raise
+
+
+def config_of(path: Path, **changes: Any) -> EngineConfig:
+    """For a verifier that a test makes itself."""
+    values = {
+        "dtype": "float32",
+        "max_model_len": 64,
+        "kv_cache_tokens": 512,
+        "block_size": 4,
+        "enforce_eager": True,
+    }
+    return EngineConfig(**{"verifier": str(path), **values, **changes})
