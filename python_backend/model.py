@@ -32,7 +32,7 @@ from tandem import (
     StepError,
     TandemError,
 )
-from tandem.machine import has_spare_cores
+from tandem.wing import wing_of
 from tandem_triton.health import HealthServer
 from tandem_triton.log import log_to_server
 from tandem_triton.metrics import MetricsExporter
@@ -78,8 +78,7 @@ class TritonPythonModel:
         self._lock = threading.Lock()
         self._requests: dict[Sequence, Request] = {}
         self._outbox = Outbox()
-        device = self._engine.verifier.model.device
-        self._sends_between_steps = device.type == "cpu" and not has_spare_cores()
+        self._sends_between_steps = wing_of(self._engine.verifier.model.device).occupies_host
         self._shutdown_signal = ShutdownSignal()
         self._closing = False
         self._num_failures = 0

@@ -11,8 +11,8 @@ import pytest
 
 from made_up_costs import costs
 from tandem import Engine, EngineConfig, SamplingParams
-from tandem.costs import CostModel, Costs, Curve
-from tandem.lookahead import AdaptiveLookahead
+from tandem.lookahead.adaptive import AdaptiveLookahead
+from tandem.lookahead.costs import CostModel, Costs, Curve
 from tiny_engines import TinyModels
 
 

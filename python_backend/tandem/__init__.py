@@ -15,10 +15,9 @@ from tandem.errors import (
     UnsupportedModelError,
     VerifierOutputError,
 )
-from tandem.logits import TokenLogprobs
-from tandem.outputs import Delta, RequestOutput
-from tandem.params import Guide, SamplingParams
-from tandem.sequence import FinishReason, Sequence
+from tandem.requests.outputs import Delta, RequestOutput, TokenLogprobs
+from tandem.requests.params import Guide, SamplingParams
+from tandem.requests.sequence import FinishReason, Sequence
 
 __all__ = [
     "ConfigError",

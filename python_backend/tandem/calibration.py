@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,15 +22,17 @@ from typing import TypeVar
 import torch
 import transformers
 
-from tandem.acceptance import Verdict
+from tandem.acceptance.match import Verdict
 from tandem.config import EngineConfig
-from tandem.costs import Costs, Curve, DraftCosts
-from tandem.drafters import Drafter, DraftRequest
-from tandem.machine import cache_directory, code_hash, cpu_name
-from tandem.params import SamplingParams
+from tandem.drafters.drafter import Drafter, DraftRequest
+from tandem.lookahead.adaptive import AdaptiveLookahead, Lookahead
+from tandem.lookahead.costs import CostModel, Costs, Curve, DraftCosts
+from tandem.machine import cache_directory, code_hash
+from tandem.models.verifier import Verifier, VerifierOutput
+from tandem.requests.params import SamplingParams
+from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
 from tandem.scheduler import Scheduler
-from tandem.sequence import Draft, ScheduledSequence, Sequence
-from tandem.verifier import Verifier, VerifierOutput
+from tandem.wing import Wing, wing_of
 
 logger = logging.getLogger("tandem")
 
@@ -50,9 +51,17 @@ T = TypeVar("T")
 Accept = Callable[[list[ScheduledSequence], VerifierOutput], list[Verdict | None]]
 
 
+def make_lookahead(config: EngineConfig, calibration: Calibration) -> Lookahead:
+    """The lookahead that the configuration asks for, with what drafting costs here."""
+    if config.lookahead == "fixed" or not config.drafter_configs:
+        return Lookahead()
+    costs = CostModel(calibrate(config, calibration))
+    return AdaptiveLookahead(costs, config.max_prefill_slowdown)
+
+
 def calibrate(config: EngineConfig, calibration: Calibration) -> Costs:
     """The costs that were measured here before, or those that are measured now."""
-    path = _cache_path(config)
+    path = _cache_path(config, calibration.wing)
     try:
         costs = Costs.from_json(json.loads(path.read_text(encoding="utf-8")))
         logger.info("costs of drafting and verifying: from %s", path)
@@ -79,13 +88,10 @@ def calibrate(config: EngineConfig, calibration: Calibration) -> Costs:
     return costs
 
 
-def _cache_path(config: EngineConfig) -> Path:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+def _cache_path(config: EngineConfig, wing: Wing) -> Path:
     facts = {
         "config": dataclasses.asdict(config),
-        "device": device,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "device": wing.describe(),
         "versions": [torch.__version__, transformers.__version__],
         "code": code_hash(),
     }
@@ -108,7 +114,7 @@ class Calibration:
         self._scheduler = scheduler
         self._accept = accept
         model = verifier.model
-        self._device = model.device
+        self.wing = wing_of(model.device)
         self._drafts: list[int] = []
         self._num_made = 0
         self._vocab_size: int = model.config.get_text_config().vocab_size
@@ -214,8 +220,7 @@ class Calibration:
                 before()
                 started = time.perf_counter()
                 run()
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
+                self.wing.synchronize()
                 seconds[key].append(time.perf_counter() - started)
         # The first only warms up.
         return {key: min(each[1:]) for key, each in seconds.items()}

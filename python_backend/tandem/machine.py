@@ -7,8 +7,6 @@ import os
 import platform
 from pathlib import Path
 
-import torch
-
 
 def cache_directory() -> Path:
     """`tandem` in `$XDG_CACHE_HOME` or `~/.cache`; it may not exist yet."""
@@ -23,12 +21,6 @@ def cpu_name() -> str:
     except OSError:
         return platform.machine()
     return next((line for line in lines if line.startswith("model name")), platform.machine())
-
-
-def has_spare_cores() -> bool:
-    """Whether something can run while torch computes on a CPU, and not hold it up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return torch.get_num_threads() < (cores or 1)
 
 
 def code_hash() -> str:

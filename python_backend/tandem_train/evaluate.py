@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from tandem import Engine, EngineConfig, SamplingParams
 from tandem.config import NO_DRAFTER
-from tandem.sequence import ScheduledSequence
-from tandem.verifier import VerifierOutput
+from tandem.models.verifier import VerifierOutput
+from tandem.requests.sequence import ScheduledSequence
 
 DRAFTER = "drafter"
 

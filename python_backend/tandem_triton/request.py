@@ -24,7 +24,7 @@ from tandem import (
     Sequence,
     TandemError,
 )
-from tandem.options import NAMES, RequestOptions, parse_json, parse_options, with_bias
+from tandem.requests.options import NAMES, RequestOptions, parse_json, parse_options, with_bias
 from tandem_triton.choice import Choice, output_tensor
 from tandem_triton.inputs import read_prompt, read_tensor
 from tandem_triton.metrics import MetricsExporter

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 from tandem import Engine, SamplingParams, Sequence
-from tandem.drafters import Drafter, DraftRequest, GoesOn, always
-from tandem.sequence import Draft
+from tandem.drafters.drafter import Drafter, DraftRequest, GoesOn, always
+from tandem.requests.sequence import Draft
 
 
 class OracleDrafter(Drafter):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.costs import Costs, Curve, DraftCosts
+from tandem.lookahead.costs import Costs, Curve, DraftCosts
 
 # Drafts cost nothing at all.
 FLAT = Curve({1: 20e-3})

@@ -1,4 +1,4 @@
-"""Assistants of Tandem's own, as training starts them on a tiny verifier."""
+"""Assistants for tiny verifiers as training starts them, and engines that draft with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from tandem import Engine, EngineConfig
 from tandem.drafters.assistant import Assistant
-from tandem.loading import load_model
+from tandem.models.loading import load_model
 from tandem_train.corpus import TrainingText
 from tandem_train.features import DENSE_ATTENTION, FeatureStore
 from tandem_train.start import default_source_layers, fit_pre_projection, new_assistant

@@ -18,6 +18,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAX_LOOKAHEAD = 8
 
 
+def config_of(path: Path, **changes: Any) -> EngineConfig:
+    """A configuration with a small cache for the model in `path`."""
+    values = {
+        "dtype": "float32",
+        "max_model_len": 64,
+        "kv_cache_tokens": 512,
+        "block_size": 4,
+        "enforce_eager": True,
+    }
+    return EngineConfig(**{"verifier": str(path), **values, **changes})
+
+
 class TinyModels:
     """Checkpoints by name; each is made when it is first asked for."""
 
@@ -90,15 +102,3 @@ class Engines:
             except AssertionError:
                 del self._loaded[key]
                 raise
-
-
-def config_of(path: Path, **changes: Any) -> EngineConfig:
-    """For a verifier that a test makes itself."""
-    values = {
-        "dtype": "float32",
-        "max_model_len": 64,
-        "kv_cache_tokens": 512,
-        "block_size": 4,
-        "enforce_eager": True,
-    }
-    return EngineConfig(**{"verifier": str(path), **values, **changes})

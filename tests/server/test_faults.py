@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from repositories import write_repository
 from stream import TIMEOUT, Stream, metric, wait_until
 from tandem import Engine, SamplingParams
-from tandem.options import NAMES
+from tandem.requests.options import NAMES
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 

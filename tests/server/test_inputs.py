@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, Guide
-from tandem.options import NAMES
+from tandem.requests.options import NAMES
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text_of
