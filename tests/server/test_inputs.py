@@ -22,8 +22,6 @@ from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text_of
 
-pytestmark = pytest.mark.server
-
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM")
 
 

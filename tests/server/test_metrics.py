@@ -13,8 +13,6 @@ from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 from tensors import COMMON, ask
 
-pytestmark = pytest.mark.server
-
 
 def test_the_readme_lists_the_metrics(server: TritonServer) -> None:
     ask(server, **{**COMMON, "ignore_eos": True, "temperature": 0.0, "max_tokens": 60})
