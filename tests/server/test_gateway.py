@@ -307,7 +307,7 @@ def test_an_absent_server_is_unavailable() -> None:
 def test_the_chat_page() -> None:
     """A text is continued in headless Chromium, by the default models; accepted text is tinted.
 
-    It writes the README's screenshot when SCREENSHOT=1.
+    It writes the documentation's screenshot when SCREENSHOT=1.
     """
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     driver_path = shutil.which("chromedriver")
