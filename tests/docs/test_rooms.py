@@ -1,4 +1,4 @@
-"""docs/architecture.md has the floors that are linted, and a phrase for every file of the engine."""
+"""docs/architecture.md has the floors that are linted, and a phrase for each of the files."""
 
 from __future__ import annotations
 
