@@ -304,7 +304,7 @@ def test_an_absent_server_is_unavailable() -> None:
 def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
     """A text is continued in headless Chromium, by the default models; accepted text is tinted.
 
-    It writes the README's screenshot when SCREENSHOT=1.
+    It writes the documentation's screenshot when SCREENSHOT=1.
     """
     options = webdriver.ChromeOptions()
     options.binary_location = find_tool("chromium")
