@@ -2,9 +2,7 @@
 
 import sys
 
-from tandem_runtime import tools
-from tandem_runtime.bootstrap import lock
+from tandem_runtime.tools import main
 
 if __name__ == "__main__":
-    with lock():
-        sys.exit(tools.main())
+    sys.exit(main())
