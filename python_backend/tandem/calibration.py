@@ -25,8 +25,9 @@ import transformers
 from tandem.acceptance.match import Verdict
 from tandem.config import EngineConfig
 from tandem.drafters.drafter import Drafter, DraftRequest
-from tandem.lookahead.adaptive import AdaptiveLookahead, Lookahead
+from tandem.lookahead.adaptive import AdaptiveLookahead
 from tandem.lookahead.costs import CostModel, Costs, Curve, DraftCosts
+from tandem.lookahead.lookahead import Lookahead
 from tandem.machine import cache_directory, code_hash
 from tandem.models.verifier import Verifier, VerifierOutput
 from tandem.requests.params import SamplingParams

@@ -51,11 +51,13 @@ class Lifecycle:
         """
         with self._lock:
             batch = self._scheduler.schedule(limits(*self._scheduler.demand))
+        now = time.monotonic()
         for scheduled in batch:
             sequence = scheduled.sequence
             if sequence.started_at is None:
-                sequence.started_at = time.monotonic()
-                self._stats.note_prefix_cache(sequence.num_tokens, sequence.num_cached_tokens)
+                sequence.started_at = now
+                if self._scheduler.pool.enable_prefix_caching:
+                    self._stats.note_prefix_cache(sequence.num_tokens, sequence.num_cached_tokens)
         return batch
 
     def settle(self, batch: Items[ScheduledSequence]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from tandem.cache.block_pool import BlockPool
-from tandem.lookahead.adaptive import draft_limit
+from tandem.lookahead.lookahead import draft_limit
 from tandem.lookahead.prompt_budget import NO_LIMITS, PromptLimits
 from tandem.metrics import EngineLoad
 from tandem.requests.sequence import ScheduledSequence, Sequence

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tandem import UnsupportedModelError
-from tandem.cpu.packing import Int8Linear, PackedLinear, can_pack, fix_tiles, joinable, pack_linears
+from tandem.cpu.linear import Int8Linear, PackedLinear
+from tandem.cpu.packing import can_pack, fix_tiles, joinable, pack_linears
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="no oneDNN in this build of torch"
@@ -139,7 +140,8 @@ def test_products_of_many_row_counts_leave_little_in_memory() -> None:
     """A process of its own, as the bound holds from a process's first product on."""
     program = """
 import psutil, torch
-from tandem.cpu.packing import PackedLinear, keep_few_products
+from tandem.cpu.linear import PackedLinear
+from tandem.cpu.packing import keep_few_products
 keep_few_products()
 layers = [PackedLinear(torch.nn.Linear(256, 256 + 16 * i, bias=False)) for i in range(8)]
 sizes = []

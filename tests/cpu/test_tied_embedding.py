@@ -14,7 +14,8 @@ from torch import nn
 from doubles import plain, prompt_of
 from tandem import SamplingParams
 from tandem.cpu.blocked_matrix import BlockedMatrix
-from tandem.cpu.packing import PackedLinear, can_pack, head_matrix
+from tandem.cpu.linear import PackedLinear
+from tandem.cpu.packing import can_pack, head_matrix
 from tandem.cpu.tied_embedding import TiedEmbedding, read_from
 from tiny_engines import DEVICE, Engines, TinyModels
 

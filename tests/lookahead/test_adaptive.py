@@ -11,8 +11,9 @@ import pytest
 
 from made_up_costs import costs
 from tandem import SamplingParams, Sequence
-from tandem.lookahead.adaptive import AdaptiveLookahead, Lookahead, draft_limit
+from tandem.lookahead.adaptive import AdaptiveLookahead
 from tandem.lookahead.costs import CostModel
+from tandem.lookahead.lookahead import Lookahead, draft_limit
 from tandem.requests.sequence import Draft, ScheduledSequence
 
 LIMIT = 8

@@ -18,7 +18,8 @@ from transformers.generation import TopPLogitsWarper
 import tandem.sampling.sample as sampling
 from doubles import prompt_of, run
 from tandem import SamplingParams
-from tandem.sampling.sample import Draw, block_gumbel, gumbel, sample, splitmix64
+from tandem.sampling.noise import block_gumbel, gumbel, splitmix64
+from tandem.sampling.sample import Draw, sample
 from tiny_engines import TinyModels
 
 MASK = 2**64 - 1

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from stream import Stream, metric, wait_until
 
-from local_fleet import Envoy, Pod, container
+from stream import Stream, metric, wait_until
 from tandem_client import AsyncClient, Client, ServerUnavailableError, TandemClientError
+from tandem_fleet.local import Envoy, Pod, container
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

@@ -21,11 +21,11 @@ from openai import OpenAI
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from stream import TIMEOUT, metric, wait_until
 
+from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
-from triton_runtime import ROOT
-from triton_server import TritonServer
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import TritonServer
 
 pytestmark = pytest.mark.server
 

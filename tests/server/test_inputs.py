@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import requests
 import tritonclient.grpc as grpcclient
-from stream import TIMEOUT, metric, wait_until
-from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text_of
 from tritonclient.utils import InferenceServerException
 
+from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, Guide
 from tandem.requests.options import NAMES
-from triton_runtime import ROOT
-from triton_server import TritonServer
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import TritonServer
+from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text_of
 
 pytestmark = pytest.mark.server
 

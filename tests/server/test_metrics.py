@@ -6,12 +6,12 @@ import re
 
 import pytest
 import requests
-from stream import TIMEOUT, metric, wait_until
-from tensors import COMMON, ask
 from tritonclient.utils import InferenceServerException
 
-from triton_runtime import ROOT
-from triton_server import TritonServer
+from stream import TIMEOUT, metric, wait_until
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import TritonServer
+from tensors import COMMON, ask
 
 pytestmark = pytest.mark.server
 

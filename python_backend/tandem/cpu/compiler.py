@@ -20,7 +20,7 @@ from tandem.cache.kv_cache import CacheStandIn, KVCache
 from tandem.cpu.graph import Graph
 from tandem.cpu.kernels import Operators, operators
 from tandem.cpu.kernels.operators import attend, write_kv
-from tandem.cpu.packing import Int8Linear, PackedLinear
+from tandem.cpu.linear import Int8Linear, PackedLinear
 from tandem.errors import UnsupportedModelError
 
 logger = logging.getLogger("tandem")

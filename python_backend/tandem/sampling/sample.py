@@ -3,19 +3,10 @@
 A token is `argmax(score + gumbel)` over the tokens that temperature, top-k, top-p and min-p leave
 (the Gumbel-max trick). The noise of a token at a position depends on nothing but the request's
 seed, so any batch, any drafter and any lookahead sample the same token from the same logits.
-
-Noise for a whole vocabulary would cost more than a verifier pass. It is drawn from the top down
-instead (Maddison, Tarlow and Minka, "A* sampling", 2014): first the largest noise of each block of
-tokens, then, only where that could win, the noise of the block's tokens given their largest.
-
-The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", 2014), nested: output number `position` of the stream `seed` is the seed of a second
-stream, whose output number `token` is the token's noise, and number `-1 - block` its block's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,56 +15,11 @@ import torch
 from torch import Tensor
 
 from tandem.requests.params import SamplingParams
+from tandem.sampling.noise import BLOCK, block_gumbel, gumbel, signed, splitmix64
 from tandem.wing import wing_of
 
-_BLOCK = 256
 # How many of the largest scores are sorted at first, and how many times more where they don't do.
 _FIRST_SORTED, _GROWTH = 128, 4
-_MAX_UNIFORM = 1 - 2**-24
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
-
-
-def splitmix64(state: Tensor, index: Tensor) -> Tensor:
-    """Output number `index` (from 0) of the SplitMix64 stream that starts at `state`; int64."""
-    z = state + (index + 1) * _GAMMA
-    z = (z ^ _shift(z, 30)) * _MIX_1
-    z = (z ^ _shift(z, 27)) * _MIX_2
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's own extends the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def block_gumbel(key: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest noise of a block's tokens, and which of them has it (0 to `_BLOCK - 1`)."""
-    bits = splitmix64(key, -1 - block)
-    # The largest of n standard Gumbel variables is one too, moved up by log n.
-    return math.log(_BLOCK) - torch.log(_exponential(bits)), bits & (_BLOCK - 1)
-
-
-def gumbel(key: Tensor, token: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32, for `token` ids under the row's `key` (broadcast)."""
-    largest, owner = block_gumbel(key, token // _BLOCK)
-    # A Gumbel variable g that is known to be below m: exp(-g) - exp(-m) is exponential.
-    below = -torch.log(torch.exp(-largest) + _exponential(splitmix64(key, token)))
-    return torch.where(token % _BLOCK == owner, largest, torch.minimum(below, largest))
-
-
-def _exponential(bits: Tensor) -> Tensor:
-    """Exponential variables, float32, from the upper halves of `bits`."""
-    uniform = (_shift(bits, 32).float() + 0.5) * 2**-32
-    # log1p keeps all digits near 0, where the large values of the noise come from.
-    return -torch.log1p(-uniform.clamp_(max=_MAX_UNIFORM))
 
 
 class Draw(NamedTuple):
@@ -111,7 +57,7 @@ class _Rows:
         return cls(
             index=torch.tensor(index, device=device),
             key=splitmix64(
-                integers([_signed(draw.seed) for draw in chosen]),
+                integers([signed(draw.seed) for draw in chosen]),
                 integers([draw.position for draw in chosen]),
             ),
             temperature=column([draw.params.temperature for draw in chosen]),
@@ -178,7 +124,7 @@ def _sample_rows(logits: Tensor, rows: _Rows, token_ids: Tensor | None) -> Tenso
         limit, _ = block_gumbel(rows.key, torch.arange(groups.shape[1], device=logits.device))
     else:
         groups = logits.unsqueeze(-1)
-        limit, _ = block_gumbel(rows.key, token_ids // _BLOCK)
+        limit, _ = block_gumbel(rows.key, token_ids // BLOCK)
 
     def token_of(row: Tensor, candidate: Tensor) -> Tensor:
         return candidate if token_ids is None else token_ids[row, candidate]
@@ -209,15 +155,15 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _blocks(logits)
     values, block = blocks.amax(dim=-1).max(dim=-1)
     offset = blocks[torch.arange(len(block), device=logits.device), block].argmax(dim=-1)
-    return block * _BLOCK + offset, values
+    return block * BLOCK + offset, values
 
 
 def _blocks(logits: Tensor) -> Tensor:
-    """The logits as `[num_rows, num_blocks, _BLOCK]`; what the last block lacks is -infinity."""
-    missing = -logits.shape[1] % _BLOCK
+    """The logits as `[num_rows, num_blocks, BLOCK]`; what the last block lacks is -infinity."""
+    missing = -logits.shape[1] % BLOCK
     if missing:
         logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
-    return logits.view(len(logits), -1, _BLOCK)
+    return logits.view(len(logits), -1, BLOCK)
 
 
 def _argmax_by_row(values: Tensor, row: Tensor, candidate: Tensor, num_rows: int) -> Tensor:

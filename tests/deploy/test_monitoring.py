@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-import make_dashboard
-from triton_runtime import ROOT
+from tandem_fleet import dashboard
+from tandem_runtime.paths import ROOT
 
 MONITORING = ROOT / "deploy/components/monitoring"
 HPA = ROOT / "deploy/overlays/autoscale/hpa.yaml"
@@ -218,14 +218,14 @@ def desired(values: dict[str, list[float]]) -> int:
 
 
 def test_the_dashboard_is_what_the_script_makes() -> None:
-    assert make_dashboard.PATH.read_text(encoding="utf-8") == make_dashboard.build(), (
+    assert dashboard.PATH.read_text(encoding="utf-8") == dashboard.build(), (
         "run scripts/make_dashboard.py"
     )
 
 
 def test_rules_and_dashboard_ask_for_metrics_that_there_are() -> None:
     recorded = {r["record"] for g in rules()["groups"] for r in g["rules"] if "record" in r}
-    text = (MONITORING / "rules.yaml").read_text() + make_dashboard.build()
+    text = (MONITORING / "rules.yaml").read_text() + dashboard.build()
     asked = set(re.findall(r"tandem:[a-z0-9_]+(?::[a-z0-9]+)?", json.dumps(text)))
     asked = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} - recorded
     assert asked - {"tandem:num_requests_"} <= exported_names()

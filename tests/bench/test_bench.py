@@ -18,8 +18,8 @@ from tandem_bench.figures import Trace
 from tandem_bench.results import Results, read
 from tandem_bench.settings import turned
 from tandem_bench.workload import prompt_of_length, read_prompts, repeat_to_fill
+from tandem_runtime.paths import ROOT
 from tiny_engines import TinyModels
-from triton_runtime import ROOT
 
 SCRIPT = ROOT / "scripts" / "bench.py"
 

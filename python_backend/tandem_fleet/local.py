@@ -17,8 +17,8 @@ from typing import Any
 import requests
 import yaml
 
-from triton_runtime import ROOT
-from triton_server import ServerError, TritonServer
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import ServerError, TritonServer
 
 ENVOY_CONFIG = ROOT / "deploy/base/envoy/envoy.yaml"
 ENVOY = ROOT / ".venv/bin/envoy"

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from zipfile import ZipFile
 
-ROOT = Path(__file__).resolve().parent.parent
+from tandem_runtime.paths import ROOT
+
 TRITON = ROOT / ".triton"
 CONTAINER = Path("/opt/tritonserver")
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"

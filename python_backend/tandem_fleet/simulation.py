@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import simpy
 
-from fleet_model import Costs, Pod, PodSettings, Request, balancer
+from tandem_fleet.balancing import balancer
+from tandem_fleet.costs import Costs
+from tandem_fleet.pod import Pod, PodSettings, Request
 
 # How a pod starts and ends, and deploy/overlays/autoscale/hpa.yaml.
 _BOOT_SECONDS = 90.0
@@ -87,7 +89,7 @@ class Fleet:
     """Pods, and the requests that went to them.
 
     Args:
-        rule: see `fleet_model.balancer`.
+        rule: see `balancing.balancer`.
     """
 
     study: Study

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import subprocess
 import sys
 import threading
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
 
-import bootstrap
-import triton_runtime
+from tandem_runtime import bootstrap
+from tandem_runtime.paths import ROOT
 
 
 def test_check_python_accepts_supported_versions() -> None:
@@ -27,7 +25,7 @@ def test_check_python_names_the_version_and_the_cure(version: tuple[int, int]) -
 
 
 def test_supported_pythons_are_those_of_the_package() -> None:
-    requires = (triton_runtime.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    requires = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     first, last = bootstrap.PYTHON_VERSIONS[0], bootstrap.PYTHON_VERSIONS[-1]
     assert f'requires-python = ">=3.{first[1]},<3.{last[1] + 1}"' in requires
 
@@ -99,12 +97,3 @@ def test_failed_command_becomes_one_message() -> None:
         bootstrap.run([sys.executable, "-c", "raise SystemExit(1)"], "no network")
     with pytest.raises(KeyboardInterrupt):
         bootstrap.run([sys.executable, "-c", "raise SystemExit(130)"], "no network")
-
-
-def test_unpack_takes_only_the_named_folders(tmp_path: Path) -> None:
-    with ZipFile(tmp_path / "some.whl", "w") as wheel:
-        wheel.writestr("package/bin/server", "#!/bin/sh\nexit 7\n")
-        wheel.writestr("package/other", "")
-    triton_runtime.unpack(tmp_path / "some.whl", {"package/bin/": tmp_path / "bin"})
-    assert [path.name for path in (tmp_path / "bin").iterdir()] == ["server"]
-    assert subprocess.run([tmp_path / "bin" / "server"]).returncode == 7

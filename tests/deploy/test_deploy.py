@@ -15,7 +15,7 @@ import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 
 from tandem import EngineConfig
-from triton_runtime import ROOT
+from tandem_runtime.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
 FOLDERS = ("overlays/cpu-demo", "overlays/gpu", "overlays/autoscale")

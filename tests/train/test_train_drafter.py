@@ -17,12 +17,12 @@ import torch
 from tandem.drafters.assistant import Assistant
 from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.models.loading import load_model
+from tandem_runtime.paths import ROOT
 from tandem_train.corpus import Corpus, TrainingText
 from tandem_train.evaluate import evaluate, read_prompts
 from tandem_train.generate import generate
 from tandem_train.train import TrainingConfig, save, train
 from tiny_engines import TinyModels
-from triton_runtime import ROOT
 
 SCRIPT = ROOT / "scripts" / "train_drafter.py"
 SIZES = ["--num-sequences", "240", "--sequence-length", "48", "--dtype", "float32"]

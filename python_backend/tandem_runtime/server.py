@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-from triton_runtime import TRITON, in_container, libpython_directory
+from tandem_runtime.triton import TRITON, in_container, libpython_directory
 
 LOG_DIRECTORY = TRITON / "log"
 # How long the server lets running requests finish once it was asked to stop.

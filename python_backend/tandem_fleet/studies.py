@@ -1,4 +1,4 @@
-"""What is asked of simulated fleets, each a table and a plot; see `simulate_fleet.py`."""
+"""What is asked of simulated fleets, each a table and a plot; see `simulate.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import simpy
 
-from fleet_simulation import Fleet, Study
+from tandem_fleet.simulation import Fleet, Study
 
 _RUN_SECONDS = 300.0
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import simpy
 
-import simulate_fleet
-from fleet_model import Costs, Pod, PodSettings, Request
-from fleet_simulation import Arrival, Fleet, Study, Workload
+from tandem_fleet import simulate
+from tandem_fleet.costs import Costs
+from tandem_fleet.pod import Pod, PodSettings, Request
+from tandem_fleet.simulation import Arrival, Fleet, Study, Workload
 
 VALUES: dict[str, Any] = {
     "verify": {"1": 0.02, "16": 0.03, "64": 0.07},
@@ -117,7 +118,7 @@ def test_a_file_without_costs_is_refused(
     path = tmp_path / "costs.json"
     path.write_text(content)
     monkeypatch.setattr("sys.argv", ["simulate_fleet.py", "load", "--costs", str(path)])
-    assert simulate_fleet.main() == 1
+    assert simulate.main() == 1
     assert str(path) in capsys.readouterr().err
 
 
@@ -129,8 +130,8 @@ def test_every_study_prints_a_table_and_draws_a_plot(
     arguments = ["all", "--costs", str(path), "--output", str(tmp_path), "--pods", "1", "2"]
     quick = ["--prompt-tokens", "2000", "--output-tokens", "2000", "--acceptance", "0.6", "0.6"]
     monkeypatch.setattr("sys.argv", ["simulate_fleet.py", *arguments, *quick])
-    assert simulate_fleet.main() == 0
+    assert simulate.main() == 0
     output = capsys.readouterr().out
-    for name in simulate_fleet.STUDIES:
+    for name in simulate.STUDIES:
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert f"{name}: " in output
