@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from gateway_setup import FakeTriton, fake_triton
 from tandem_client import AsyncClient, Client, RequestError, ServerUnavailableError
 from tandem_client.protocol import make_request, refusal
-
-sys.path.append(str(Path(__file__).parents[1] / "gateway"))
-from gateway_setup import FakeTriton, fake_triton
 
 
 @pytest.fixture

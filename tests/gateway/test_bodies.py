@@ -9,6 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
+
 from gateway_setup import (
     KEY,
     FakeTriton,
@@ -23,8 +25,6 @@ from gateway_setup import (
     read_answer,
     wait_until,
 )
-from starlette.exceptions import HTTPException
-
 from tandem_gateway.parsing import read_json
 
 MIB = 2**20

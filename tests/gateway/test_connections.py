@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+import requests
+
 from gateway_setup import (
     KEY,
     TIMEOUT,
@@ -22,8 +24,6 @@ from gateway_setup import (
     read_to_end,
     wait_until,
 )
-
-import requests
 
 
 @pytest.fixture(scope="module")

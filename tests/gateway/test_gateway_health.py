@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import requests
+
 from gateway_setup import (
     KEY,
     TIMEOUT,
@@ -18,8 +20,6 @@ from gateway_setup import (
     gateway,
     wait_until,
 )
-
-import requests
 
 
 @pytest.fixture

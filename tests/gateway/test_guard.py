@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import requests
+
 from gateway_setup import (
     KEY,
     TIMEOUT,
@@ -22,8 +24,6 @@ from gateway_setup import (
     read_answer,
     read_to_end,
 )
-
-import requests
 from tandem_gateway import create_app
 from tandem_gateway.auth import Keys, read_keys
 from tandem_gateway.cli import main

@@ -15,10 +15,10 @@ from typing import Any
 
 import grpc
 import numpy as np
+import requests
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
-import requests
 from tandem_gateway.app import create_app
 from tandem_gateway.limits import Limits
 from tandem_gateway.server import make_server
