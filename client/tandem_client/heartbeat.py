@@ -118,4 +118,5 @@ def make_ping(model: str, ping_id: str) -> Any:
 def says_ready(message: Any) -> bool:
     """Whether an answer to a ping is one of a model that takes requests."""
     text = message.error_message
-    return not text or _PARAMETER in text
+    # One whose queue is full takes requests later; an older one refuses the parameter by name.
+    return _DEAD not in text and ("UNAVAILABLE" not in text or "queue is full" in text)

@@ -46,22 +46,24 @@ class Bodies:
 
     async def _read(self, receive: Receive, held: _Held) -> bytes | None:
         """The body; None if the client goes away."""
-        body, more = bytearray(), True
+        pieces: list[bytes] = []
+        num_bytes, more = 0, True
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
-                    if len(body) > self._limits.max_body_bytes:
+                    pieces.append(message.get("body", b""))
+                    num_bytes += len(pieces[-1])
+                    if num_bytes > self._limits.max_body_bytes:
                         raise too_large(self._limits.max_body_bytes)
                     more = message.get("more_body", False)
-                    held.resize(len(body))
+                    held.resize(num_bytes)
         except TimeoutError:
             late = f"the body was not there within {self._limits.body_seconds:g} s"
             raise APIError(408, late, "body_timeout") from None
-        return bytes(body)
+        return b"".join(pieces)
 
     def grow(self, num_bytes: int) -> None:
         """Counts bytes that came, or went if negative.

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host, port = parsed["host"], parsed["port"]
     print(f"serving http://{host}:{port}/ until Ctrl-C", file=sys.stderr)
     server = make_server(app, host, port, parsed["drain_seconds"])
-    server.run()
+    with suppress(KeyboardInterrupt):
+        server.run()
     return 0 if server.started else 3
 
 

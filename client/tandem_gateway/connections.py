@@ -22,7 +22,7 @@ _LINGER_SECONDS = 2.0
 _MAX_LINGERING = 128
 # A body may come in so many pieces, and one more for every so many bytes: each costs the parser the
 # same, however small.
-_MAX_SMALL_PIECES = 4096
+_MAX_SMALL_PIECES = 256
 _PIECE_BYTES = 256
 
 
