@@ -37,6 +37,7 @@ from tandem_triton.health import HealthServer
 from tandem_triton.log import log_to_server
 from tandem_triton.metrics import MetricsExporter
 from tandem_triton.outbox import Outbox
+from tandem_triton.ping import answer_ping
 from tandem_triton.request import Request
 from tandem_triton.shutdown import Drain
 from tandem_triton.signals import ShutdownSignal
@@ -138,7 +139,8 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None]:
         """Queues the requests, and returns what runs them to their end."""
-        arrived = [(Request(request, self._metrics), request) for request in requests]
+        asked = [each for each in requests if not answer_ping(each, self._not_ready())]
+        arrived = [(Request(request, self._metrics), request) for request in asked]
         return self._run([sequence for pair in arrived for sequence in self._admit(*pair)])
 
     def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
