@@ -9,7 +9,7 @@ BENCH_ARGS ?= all
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint fmt bench bench-peers clean distclean
+.PHONY: help setup tools demo serve test test-fast lint fmt docs bench bench-peers clean distclean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -24,8 +24,14 @@ serve: setup ## serve until Ctrl-C (HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, MO
 	@$(BIN)/python scripts/serve.py --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
 		--metrics-port $(METRICS_PORT) --model-repository $(MODEL_REPOSITORY)
 
-test: setup .checkov/.stamp ## run the tests (PYTEST_ARGS="-k cache")
+test: setup tools .checkov/.stamp ## run the tests (PYTEST_ARGS="-k cache")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: setup tools .checkov/.stamp ## run what needs no server and is quick: five minutes
+	@$(BIN)/python -m pytest -m "not server and not slow" $(PYTEST_ARGS)
+
+tools: setup
+	@$(BIN)/python scripts/fetch_tools.py
 
 # In an environment of its own: it wants older packages than the rest.
 .checkov/.stamp: requirements-checkov.txt
@@ -43,6 +49,9 @@ fmt: setup ## format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
+docs: setup ## build the pages in docs/ as a site, in site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 bench: setup ## measure everything, for hours (BENCH_ARGS="engine -c 1 8")
 	@$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
@@ -50,8 +59,8 @@ bench-peers: setup ## install vLLM in .vllm, for the benchmark to compare with
 	@$(BIN)/python scripts/bench_peers.py
 
 clean: ## remove what builds and tools leave behind
-	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## also remove what setup made: .venv, .checkov, .triton and .models, and .vllm
-	@rm -rf .venv .checkov .triton .models .vllm .bench .setup.lock
+distclean: clean ## also remove what was set up: .venv, .checkov, .tools, .triton, .models and .vllm
+	@rm -rf .venv .checkov .tools .triton .models .vllm .bench .setup.lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 from transformers.utils import logging
 
 from tandem import Engine, EngineConfig
+from tandem_runtime import tools
 from tiny_engines import Engines, TinyModels
 
 # Tiny products gain nothing from a second thread.
@@ -18,6 +20,30 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 settings.register_profile("tandem", deadline=None, derandomize=True, database=None)
 settings.load_profile("tandem")
+# A job in a shell's background ignores SIGINT, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-tools",
+        action="store_true",
+        help="tests whose program is missing fail, and are not skipped",
+    )
+
+
+@pytest.fixture(scope="session")
+def find_tool(pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """Finds a program that is no Python package; the test is skipped where it is missing."""
+
+    def find(program: str) -> str:
+        path = tools.find(program)
+        if path is None:
+            required = pytestconfig.getoption("--require-tools")
+            (pytest.fail if required else pytest.skip)(tools.cure(program))
+        return path
+
+    return find
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -27,8 +26,7 @@ CUSTOM = {"PodMonitor": operator.PodMonitor, "PrometheusRule": operator.Promethe
 @cache
 def build(folder: str) -> list[dict[str, Any]]:
     """An overlay's objects, as `kubectl apply -k` sends them."""
-    assert shutil.which("kubectl"), "install kubectl: it builds the overlays, without a cluster"
-    command = ["kubectl", "kustomize", str(DEPLOY / folder)]
+    command = [str(ROOT / ".venv/bin/kubectl"), "kustomize", str(DEPLOY / folder)]
     output = subprocess.run(command, check=True, capture_output=True, text=True)
     assert output.stderr == ""
     return list(yaml.safe_load_all(output.stdout))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,9 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def promtool(tmp_path: Path) -> Any:
+def promtool(tmp_path: Path, find_tool: Callable[[str], str]) -> Any:
     """Runs promtool in a folder with `rules.yaml`, as Prometheus takes it."""
-    program = shutil.which("promtool")
-    assert program, "install Prometheus, which brings promtool (Debian: prometheus)"
+    program = find_tool("promtool")
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
 
     def run(*arguments: str, **files: Any) -> subprocess.CompletedProcess[str]:

@@ -18,8 +18,6 @@ from stream import TIMEOUT, Stream, metric, wait_until
 from tandem import Engine, SamplingParams
 from tandem_runtime.server import EXIT_TIMEOUT_SECONDS, ServerError, TritonServer
 
-pytestmark = pytest.mark.server
-
 SHUTTING_DOWN = "UNAVAILABLE: the server is shutting down"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40}
 

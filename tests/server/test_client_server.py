@@ -20,8 +20,8 @@ from tandem_client import AsyncClient, Client, Options, RequestError, RequestTim
 from tandem_client.cli import main
 from tandem_runtime.server import EXIT_TIMEOUT_SECONDS, TritonServer
 
-pytestmark = pytest.mark.server
-
+# In the foreground, and as a script's background job, which starts with SIGINT ignored.
+SHELLS = [[], ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]]
 GREEDY: Options = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
 # More than any test waits for.
 ENDLESS: Options = {"max_tokens": 15000, "ignore_eos": True}
@@ -142,11 +142,11 @@ def test_the_command_exits_with_1_when_refused(
     assert "top_p must be" in capsys.readouterr().err
 
 
-def start_command(server: TritonServer) -> subprocess.Popen[bytes]:
+def start_command(server: TritonServer, *shell: str) -> subprocess.Popen[bytes]:
     """The command in the middle of an answer that takes seconds: 1,385 tokens."""
     arguments = ["generate", "x", "--url", server.grpc_url, "--max-tokens", "3000", "--seed", "38"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tandem_client.cli", *arguments],
+        [*shell, sys.executable, "-m", "tandem_client.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -155,8 +155,9 @@ def start_command(server: TritonServer) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_ctrl_c_cancels_the_request(server: TritonServer) -> None:
-    process = start_command(server)
+@pytest.mark.parametrize("shell", SHELLS)
+def test_ctrl_c_cancels_the_request(server: TritonServer, shell: list[str]) -> None:
+    process = start_command(server, *shell)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 130
@@ -224,8 +225,9 @@ def test_stats_show_what_the_server_does(server: TritonServer, client: Client) -
     assert drafter["mean_acceptance_length"] == pytest.approx(1 + sum(by_position))
 
 
-def test_stats_run_until_they_are_stopped(server: TritonServer) -> None:
-    line = [sys.executable, "-m", "tandem_client.cli", "stats", "--interval", "0.2"]
+@pytest.mark.parametrize("shell", SHELLS)
+def test_stats_run_until_they_are_stopped(server: TritonServer, shell: list[str]) -> None:
+    line = [*shell, sys.executable, "-m", "tandem_client.cli", "stats", "--interval", "0.2"]
     with subprocess.Popen(
         [*line, "--metrics-url", server.metrics_url], stdout=subprocess.PIPE, text=True
     ) as process:

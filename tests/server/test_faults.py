@@ -29,8 +29,6 @@ from tandem.requests.options import NAMES
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 
-pytestmark = pytest.mark.server
-
 NUM_HOSTILE = 2000
 GOOD: dict[str, Any] = {"temperature": 0.0, "max_tokens": 30}
 

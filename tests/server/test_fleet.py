@@ -20,7 +20,7 @@ from stream import Stream, metric, wait_until
 from tandem_client import AsyncClient, Client, ServerUnavailableError, TandemClientError
 from tandem_fleet.local import Envoy, Pod, container
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 NUM_STREAMS = 200
 NUM_TOKENS = 600

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +25,6 @@ from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
-
-pytestmark = pytest.mark.server
 
 KEY = "secret"
 PROMPT = "one two three"
@@ -304,20 +301,16 @@ def test_an_absent_server_is_unavailable() -> None:
     assert "no server answers at 127.0.0.1:9" in answer.json()["error"]["message"]
 
 
-def test_the_chat_page() -> None:
+def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
     """A text is continued in headless Chromium, by the default models; accepted text is tinted.
 
-    It writes the README's screenshot when SCREENSHOT=1.
+    It writes the documentation's screenshot when SCREENSHOT=1.
     """
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    driver_path = shutil.which("chromedriver")
-    if browser_path is None or driver_path is None:
-        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
     options = webdriver.ChromeOptions()
-    options.binary_location = browser_path
+    options.binary_location = find_tool("chromium")
     for argument in ("--headless=new", "--no-sandbox", "--window-size=900,700"):
         options.add_argument(argument)
-    service = webdriver.ChromeService(driver_path)
+    service = webdriver.ChromeService(find_tool("chromedriver"))
     with (
         TritonServer(ROOT / "model_repository") as server,
         gateway(server, "tandem") as url,

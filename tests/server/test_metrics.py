@@ -1,4 +1,4 @@
-"""What requests leave on `/metrics`, and that the README lists it."""
+"""What requests leave on `/metrics`, and that docs/metrics.md lists it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 from tensors import COMMON, ask
 
-pytestmark = pytest.mark.server
 
-
-def test_the_readme_lists_the_metrics(server: TritonServer) -> None:
+def test_the_documentation_lists_the_metrics(server: TritonServer) -> None:
     ask(server, **{**COMMON, "ignore_eos": True, "temperature": 0.0, "max_tokens": 60})
     with pytest.raises(InferenceServerException):
         ask(server, top_p=2.0)
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Metrics") : text.index("## Configuration")]
-    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    text = (ROOT / "docs/metrics.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
     expected = {
         name: set(re.findall(r"`(\w+)`", labels))
         for names, labels in rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -24,7 +23,7 @@ from tandem_client import Client, TandemClientError
 from tandem_fleet.local import Pod, free_ports
 from tandem_runtime.paths import ROOT
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 RULES = ROOT / "deploy/components/monitoring/rules.yaml"
 # Minutes become half seconds.
@@ -46,9 +45,7 @@ def faster(rules: Any) -> Any:
 class Prometheus:
     """Debian's, with the deployed rules, faster."""
 
-    def __init__(self, pods: dict[str, Pod], directory: Path) -> None:
-        program = shutil.which("prometheus")
-        assert program, "install Prometheus (Debian: prometheus)"
+    def __init__(self, program: str, pods: dict[str, Pod], directory: Path) -> None:
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         config = {
@@ -162,9 +159,11 @@ def pods(tmp_path: Path, make_pod: Callable[..., Pod]) -> Iterator[dict[str, Pod
 
 
 @pytest.fixture
-def prometheus(pods: dict[str, Pod], tmp_path: Path) -> Iterator[Prometheus]:
+def prometheus(
+    find_tool: Callable[[str], str], pods: dict[str, Pod], tmp_path: Path
+) -> Iterator[Prometheus]:
     (tmp_path / "prometheus").mkdir()
-    prometheus = Prometheus(pods, tmp_path / "prometheus")
+    prometheus = Prometheus(find_tool("prometheus"), pods, tmp_path / "prometheus")
     try:
         wait_until(lambda: prometheus.values("up") == {"a": 1, "b": 1}, 30)
         yield prometheus

@@ -12,8 +12,6 @@ from tandem import Engine, SamplingParams
 from tandem_runtime.server import TritonServer
 from tensors import COMMON, PROMPT, ask, declared, offline, text_of
 
-pytestmark = pytest.mark.server
-
 
 def test_the_prompt_comes_back_on_request(server: TritonServer, engine: Engine) -> None:
     ids = engine.tokenizer(PROMPT)["input_ids"]

@@ -19,7 +19,7 @@ import requests
 from stream import wait_until
 from tandem_fleet.local import Pod, free_ports
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
