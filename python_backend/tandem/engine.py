@@ -79,6 +79,7 @@ class Engine:
             loaded.eos_token_ids,
             config,
         )
+        self.text_limits = self._admission.limits
         self._lifecycle = Lifecycle(self.scheduler, self.drafters, self.stats, self._forget)
         calibration = Calibration(self.verifier, self.drafters, self.scheduler, self.accept)
         self.lookahead = make_lookahead(config, calibration)

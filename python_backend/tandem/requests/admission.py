@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from tandem.config import NO_DRAFTER, EngineConfig
 from tandem.errors import InvalidRequestError, shorten
 from tandem.requests.grammar import GrammarCompiler
+from tandem.requests.limits import TextLimits
 from tandem.requests.params import SamplingParams
 from tandem.requests.sequence import Sequence
 from tandem.requests.text import OutputText
@@ -55,6 +56,7 @@ class Admission:
         self._split = _Split(config.drafter_weights or {config.drafter_name: 1.0})
         self._grammars = GrammarCompiler(tokenizer, vocab_size, sorted(eos_token_ids))
         self._ids = itertools.count()
+        self.limits = TextLimits(tokenizer, max_model_len)
 
     def make_sequence(
         self,
@@ -130,14 +132,14 @@ class Admission:
     def _lookahead(self, drafter: str, limit: int | None) -> int:
         if drafter not in self._lookaheads:
             raise InvalidRequestError(
-                f"unknown drafter {drafter!r}; loaded: {', '.join(self._lookaheads)}"
+                f"unknown drafter {shorten(drafter)}; loaded: {', '.join(self._lookaheads)}"
             )
         ceiling = self._lookaheads[drafter]
         if limit is None:
             return ceiling
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
             raise InvalidRequestError(
-                f"num_speculative_tokens must be a whole number from 0, got {limit!r}"
+                f"num_speculative_tokens must be a whole number from 0, got {shorten(limit)}"
             )
         return min(limit, ceiling)
 
@@ -145,6 +147,7 @@ class Admission:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise InvalidRequestError("the verifier has no tokenizer: give token ids, not text")
+            self.limits.check_text("the prompt", prompt)
             token_ids: list[int] = list(self._tokenizer(prompt)["input_ids"])
         else:
             token_ids = list(prompt)
@@ -161,6 +164,7 @@ class Admission:
     def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
+                got = shorten(token_id)
                 raise InvalidRequestError(
-                    f"{name} must be whole numbers below {self._vocab_size}, got {token_id!r}"
+                    f"{name} must be whole numbers below {self._vocab_size}, got {got}"
                 )

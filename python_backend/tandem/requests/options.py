@@ -139,7 +139,7 @@ class RequestOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MAX_SEQUENCES:
             raise InvalidRequestError(
-                f"n must be a whole number from 1 to {MAX_SEQUENCES}, got {self.n}"
+                f"n must be a whole number from 1 to {MAX_SEQUENCES}, got {shorten(self.n)}"
             )
         words, weights = self.embedding_bias_words, self.embedding_bias_weights
         if len(words) != len(weights):
@@ -247,13 +247,14 @@ def _convert(name: str, value: Any, kind: str) -> Any:
     """Clients such as genai-perf send every number as a string, and others JSON in strings."""
     try:
         return _CONVERTERS[kind](name, value)
-    except (KeyError, ValueError, TypeError, OverflowError):
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         raise InvalidRequestError(f"{name} must be {_NOUNS[kind]}, got {shorten(value)}") from None
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
+    value.encode()  # half of a surrogate pair is no text
     return value
 
 
@@ -284,7 +285,7 @@ def _list(name: str, value: Any) -> list[Any]:
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):  # a stop string may well begin with a bracket
-        return (value,)
+        return (_text(name, value),)
     return tuple(_text(name, item) for item in _list(name, value))
 
 

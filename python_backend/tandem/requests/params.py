@@ -35,7 +35,7 @@ class Guide:
     def __post_init__(self) -> None:
         if self.kind not in GUIDES:
             raise InvalidRequestError(
-                f"unknown kind of guide {self.kind!r}; known: {', '.join(GUIDES)}"
+                f"unknown kind of guide {shorten(self.kind)}; known: {', '.join(GUIDES)}"
             )
         if self.kind == "choice":
             _check_strings("choice", self.choices, _MAX_WORDS)
