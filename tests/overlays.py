@@ -11,7 +11,7 @@ import yaml
 from triton_runtime import ROOT
 
 DEPLOY = ROOT / "deploy"
-OVERLAYS = ("overlays/cpu-demo", "overlays/gpu", "overlays/autoscale")
+OVERLAYS = ("overlays/cpu-demo", "overlays/gpu", "overlays/autoscale", "overlays/gpu-tls")
 
 
 @cache
