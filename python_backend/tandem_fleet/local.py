@@ -148,23 +148,12 @@ class Envoy:
 
     def __init__(self, pods: Sequence[Pod], directory: Path) -> None:
         config = yaml.safe_load(ENVOY_CONFIG.read_text(encoding="utf-8"))
-        self.port, status_port, admin_port = free_ports(3)
-        ports = (self.port, status_port)
+        self.port, http_port, status_port, admin_port = free_ports(4)
+        ports = (self.port, http_port, status_port)
         for listener, port in zip(config["static_resources"]["listeners"], ports, strict=True):
             listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
         admin = {"socket_address": {"address": "127.0.0.1", "port_value": admin_port}}
         config["admin"]["address"] = admin
-        endpoints = [
-            {
-                "endpoint": {
-                    "address": {
-                        "socket_address": {"address": "127.0.0.1", "port_value": pod.grpc_port}
-                    },
-                    "health_check_config": {"port_value": pod.health_port},
-                }
-            }
-            for pod in pods
-        ]
         for cluster in config["static_resources"]["clusters"]:
             if cluster["name"] == "admin":
                 cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
@@ -172,11 +161,14 @@ class Envoy:
                 ]
             else:
                 cluster["type"] = "STATIC"
+                is_http = cluster["name"] == "tandem_http"
+                endpoints = [_endpoint(pod, is_http) for pod in pods]
                 cluster["load_assignment"] = {
                     "cluster_name": cluster["name"],
                     "endpoints": [{"lb_endpoints": endpoints}],
                 }
         self.url = f"127.0.0.1:{self.port}"
+        self.http_url = f"http://127.0.0.1:{http_port}"
         self.status_url = f"http://127.0.0.1:{status_port}"
         self._config = directory / "envoy.json"
         self._config.write_text(json.dumps(config), encoding="utf-8")
@@ -229,6 +221,13 @@ class Envoy:
         traceback: TracebackType | None,
     ) -> None:
         self._stop()
+
+
+def _endpoint(pod: Pod, is_http: bool) -> dict[str, Any]:
+    port = pod.http_port if is_http else pod.grpc_port
+    address = {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+    health = {"port_value": pod.health_port}
+    return {"endpoint": {"address": address, "health_check_config": health}}
 
 
 def _wait(condition: Callable[[], bool], seconds: float, failure: str) -> None:

@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import json
 import subprocess
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from cloudcoil.models.cert_manager import v1 as cert_manager
 from cloudcoil.models.prometheus_operator import v1 as operator
 
+from overlays import DEPLOY, OVERLAYS, build, find, pod_spec
 from tandem import EngineConfig
 from tandem_runtime.paths import ROOT
 
-DEPLOY = ROOT / "deploy"
-FOLDERS = ("overlays/cpu-demo", "overlays/gpu", "overlays/autoscale")
+FOLDERS = OVERLAYS
 # The oldest with all that is used (the sleep hook), and the newest that there are schemas for.
 KUBERNETES_VERSIONS = ("1.30", kubernetes_validate.latest_version())
-CUSTOM = {"PodMonitor": operator.PodMonitor, "PrometheusRule": operator.PrometheusRule}
-
-
-@cache
-def build(folder: str) -> list[dict[str, Any]]:
-    """An overlay's objects, as `kubectl apply -k` sends them."""
-    command = [str(ROOT / ".venv/bin/kubectl"), "kustomize", str(DEPLOY / folder)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert output.stderr == ""
-    return list(yaml.safe_load_all(output.stdout))
-
-
-def find(folder: str, kind: str, name: str) -> dict[str, Any]:
-    (found,) = [o for o in build(folder) if (o["kind"], o["metadata"]["name"]) == (kind, name)]
-    return found
-
-
-def pod_spec(folder: str, name: str = "tandem") -> dict[str, Any]:
-    spec: dict[str, Any] = find(folder, "Deployment", name)["spec"]["template"]["spec"]
-    return spec
+CUSTOM = {
+    "PodMonitor": operator.PodMonitor,
+    "PrometheusRule": operator.PrometheusRule,
+    "Issuer": cert_manager.Issuer,
+    "Certificate": cert_manager.Certificate,
+}
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
@@ -69,7 +54,7 @@ def test_names_and_ports_lead_somewhere(folder: str) -> None:
     """Volumes, claims, services, policies and budgets name what the overlay has."""
     objects = build(folder)
     names = {(o["kind"], o["metadata"]["name"]) for o in objects}
-    pods = [o["spec"]["template"] for o in objects if o["kind"] == "Deployment"]
+    pods = [o["spec"]["template"] for o in objects if o["kind"] in ("Deployment", "Job")]
     for pod in pods:
         assert ("ServiceAccount", pod["spec"]["serviceAccountName"]) in names
         for volume in pod["spec"]["volumes"]:
@@ -85,6 +70,9 @@ def test_names_and_ports_lead_somewhere(folder: str) -> None:
             (pod,) = [p for p in pods if wanted <= p["metadata"]["labels"].items()]
             ports = {p["name"] for c in pod["spec"]["containers"] for p in c["ports"]}
             assert {p["targetPort"] for p in each["spec"].get("ports", ())} <= ports
+        if each["kind"] == "NetworkPolicy":
+            chosen = each["spec"]["podSelector"].get("matchLabels", {}).items()
+            assert any(chosen <= p["metadata"]["labels"].items() for p in pods)
 
 
 def test_the_deployed_configuration_is_the_published_one() -> None:
@@ -133,13 +121,10 @@ def test_the_gpu_overlay_has_one_gpu_a_pod_and_keeps_its_weights() -> None:
     (container,) = spec["containers"]
     for kind in ("requests", "limits"):
         assert container["resources"][kind]["nvidia.com/gpu"] == 1
-    (init,) = spec["initContainers"]
-    token = [e for e in init["env"] if e["name"] == "HF_TOKEN"]
-    assert token[0]["valueFrom"]["secretKeyRef"]["name"] == "hub-token"
-    # Only what downloads has the token, and only that can write.
-    assert all(e["name"] != "HF_TOKEN" for e in container["env"])
-    mounts = {m["name"]: m for m in container["volumeMounts"]}
-    assert mounts["weights"]["readOnly"]
+    # Only what downloads can write.
+    for each in (container, *spec["initContainers"]):
+        mounts = {m["name"]: m for m in each["volumeMounts"]}
+        assert mounts["weights"]["readOnly"]
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -197,3 +198,18 @@ def test_only_the_pod_itself_may_drain(pods: list[Pod]) -> None:
     assert pods[0].probe("/ready") == 200
     with suppress(requests.RequestException):
         assert requests.get(f"{pods[0].health_url}/else", timeout=5).status_code == 404
+
+
+@pytest.mark.parametrize("chunk", [10, 4_000_100])
+def test_a_body_that_kills_a_triton_does_not_reach_one(
+    pods: list[Pod], envoy: Envoy, chunk: int
+) -> None:
+    body = json.dumps({"text_input": "a" * 4_000_000}).encode()
+    pieces = (body[at : at + chunk] for at in range(0, len(body), chunk))
+    url = f"{envoy.http_url}/v2/models/tandem/generate"
+    # Refused while it is sent: the answer may be lost on the way.
+    with suppress(requests.ConnectionError):
+        assert requests.post(url, data=pieces, timeout=30).status_code == 413
+    good = {"text_input": "a good one", "max_tokens": 3, "ignore_eos": True}
+    assert requests.post(url, json=good, timeout=30).status_code == 200
+    assert all(pod.server.is_running() for pod in pods)
