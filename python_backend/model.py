@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Coroutine
@@ -101,11 +102,14 @@ class TritonPythonModel:
     def _open_health(self, port: int) -> HealthServer | None:
         if not port:
             return None
+        # Triton doesn't tell its models where it was asked to listen.
+        host = os.environ.get("TANDEM_HOST", "")
         try:
-            return HealthServer(port, self._not_live, self._not_ready, self._drain.run)
+            return HealthServer(host, port, self._not_live, self._not_ready, self._drain.run)
         except OSError as error:
+            where = f" on TANDEM_HOST, {host!r}," if host else ""
             raise pb_utils.TritonModelException(
-                f"config.pbtxt: health_port {port} can't be had: {error.strerror}"
+                f"config.pbtxt: health_port {port}{where} can't be had: {error.strerror}"
             ) from None
 
     @staticmethod

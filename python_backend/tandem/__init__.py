@@ -1,6 +1,7 @@
 """Speculative decoding with one KV cache for drafter and verifier."""
 
-from tandem.config import DrafterConfig, EngineConfig
+from tandem.config import EngineConfig
+from tandem.drafter_config import DrafterConfig
 from tandem.engine import Engine
 from tandem.errors import (
     ConfigError,

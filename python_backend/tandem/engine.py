@@ -14,7 +14,8 @@ from tandem.acceptance.match import Verdict
 from tandem.acceptance.verdicts import count_round, judge
 from tandem.cache.block_pool import BlockPool
 from tandem.calibration import Calibration, make_lookahead
-from tandem.config import NO_DRAFTER, EngineConfig
+from tandem.config import EngineConfig
+from tandem.drafter_config import NO_DRAFTER
 from tandem.drafters.drafter import Drafter
 from tandem.drafters.loading import load_drafters
 from tandem.drafters.rounds import force, propose

@@ -1,17 +1,10 @@
-"""What this machine is, and where Tandem keeps what it has worked out for it."""
+"""What this machine is, and which Tandem runs on it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from pathlib import Path
-
-
-def cache_directory() -> Path:
-    """`tandem` in `$XDG_CACHE_HOME` or `~/.cache`; it may not exist yet."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "tandem"
 
 
 def cpu_name() -> str:

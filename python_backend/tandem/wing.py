@@ -14,7 +14,7 @@ from tandem.cpu.compiler import Compiler
 from tandem.cpu.kernels import AttentionKernel, LikeliestToken, Queries
 from tandem.cpu.wing import CPUWing
 from tandem.cuda.wing import CUDAWing
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, shorten
 
 __all__ = [
     "AttentionKernel",
@@ -41,9 +41,13 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is not a torch device") from error
+        raise ConfigError(f"device {shorten(name)} is not a torch device") from error
     if device.type not in _WINGS:
         raise ConfigError(f"device {name!r}: Tandem computes on {' or '.join(_WINGS)}")
+    # Torch takes "cuda:256" for "cuda:0".
+    index = int(name.partition(":")[2] or 0)
+    if device.type == "cuda" and index >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device {name!r}: this machine has {count} CUDA devices for torch")
     return device
 
 

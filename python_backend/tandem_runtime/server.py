@@ -124,7 +124,7 @@ class TritonServer:
             with self.log_file.open("wb") as log:
                 self._process = subprocess.Popen(
                     self._command,
-                    env={**self._openmp, **_environment()},
+                    env={**self._openmp, **_environment(), "TANDEM_HOST": self.host},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

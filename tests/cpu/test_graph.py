@@ -135,10 +135,13 @@ def test_a_damaged_graph_is_made_anew(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     engines.make("llama", enforce_eager=False)
     (kept,) = (tmp_path / "tandem").glob("*.pt2")
-    kept.write_bytes(b"nothing")
-    assert engines.make("llama", enforce_eager=False).verifier.compiled is None
-    assert "runs uncompiled" in caplog.text
-    assert engines.make("llama", enforce_eager=False).verifier.compiled is not None
+    whole = kept.read_bytes()
+    for damaged in (b"nothing", whole[: len(whole) // 2]):
+        (kept,) = (tmp_path / "tandem").glob("*.pt2")
+        kept.write_bytes(damaged)
+        assert engines.make("llama", enforce_eager=False).verifier.compiled is not None
+        assert f"{kept} is damaged: making it anew" in caplog.text
+    assert "runs uncompiled" not in caplog.text
 
 
 def test_a_cache_too_small_for_the_examples_is_no_error(

@@ -12,7 +12,7 @@ from doubles import plain, prompt_of, run
 from tandem import DrafterMismatchError, SamplingParams
 from tandem.drafters.assistant import Assistant
 from tandem.drafters.drafter import DraftRequest, GoesOn, always
-from tandem.models.loading import load_model
+from tandem.models.checkpoint import load_model
 from tandem.requests.sequence import Draft
 from tandem_train.corpus import TrainingText
 from tandem_train.features import FeatureStore

@@ -9,7 +9,7 @@ import torch
 
 from tandem import Engine, EngineConfig
 from tandem.drafters.assistant import Assistant
-from tandem.models.loading import load_model
+from tandem.models.checkpoint import load_model
 from tandem_train.corpus import TrainingText
 from tandem_train.features import DENSE_ATTENTION, FeatureStore
 from tandem_train.start import default_source_layers, fit_pre_projection, new_assistant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,23 @@ def test_a_cache_that_just_fits_one_sequence_works(tiny: TinyModels) -> None:
     sequence = engine.make_sequence(prompt_of(50), SamplingParams(max_tokens=20, ignore_eos=True))
     run(engine, [sequence])
     assert sequence.num_tokens == 64
+
+
+def test_a_cache_larger_than_the_memory_is_refused(tiny: TinyModels) -> None:
+    config = config_of(tiny.verifier("llama"), kv_cache_tokens=2**40)
+    with pytest.raises(ConfigError, match=r"kv_cache_tokens 1099511627776 need .* GiB are free"):
+        Engine(config)
+
+
+@pytest.mark.slow
+def test_the_largest_batch_loads_in_seconds(tiny: TinyModels) -> None:
+    """Costs are measured with no more sequences than the measurement is about."""
+    changes = {"kv_cache_tokens": 2**20, "max_num_seqs": 2**16, "max_num_batched_tokens": 2**16}
+    config = config_of(tiny.verifier("llama"), drafters={"ngram": {}}, **changes)
+    started = time.monotonic()
+    engine = Engine(config)
+    assert time.monotonic() - started < 30
+    assert engine.load.num_blocks_used == 0
 
 
 def test_a_length_beyond_the_models_own_is_refused(tiny: TinyModels) -> None:

@@ -193,9 +193,14 @@ def test_a_full_server_is_live_and_ready_and_refuses_clearly(
 def test_only_the_pod_itself_may_drain(pods: list[Pod]) -> None:
     address = ("127.0.0.1", pods[0].health_port)
     with socket.create_connection(address, timeout=5, source_address=("127.0.0.2", 0)) as peer:
-        peer.sendall(b"GET /drain HTTP/1.0\r\n\r\n")
+        peer.sendall(b"POST /drain HTTP/1.0\r\nSec-Tandem-Drain: 1\r\n\r\n")
         assert b" 403 " in peer.recv(1000)
+    assert pods[0].probe("/drain") == 405
+    assert requests.post(f"{pods[0].health_url}/drain", timeout=5).status_code == 403
     assert pods[0].probe("/ready") == 200
+    # A pod on one machine with others listens where its Triton does.
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", pods[0].health_port), timeout=5)
     with suppress(requests.RequestException):
         assert requests.get(f"{pods[0].health_url}/else", timeout=5).status_code == 404
 

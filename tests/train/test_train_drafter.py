@@ -16,7 +16,7 @@ import torch
 
 from tandem.drafters.assistant import Assistant
 from tandem.errors import ConfigError, DrafterMismatchError
-from tandem.models.loading import load_model
+from tandem.models.checkpoint import load_model
 from tandem_runtime.paths import ROOT
 from tandem_train.corpus import Corpus, TrainingText
 from tandem_train.evaluate import evaluate, read_prompts

@@ -14,12 +14,12 @@ import hashlib
 import json
 import locale
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +27,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tandem.cache_files import find_file, keep_file
 from tandem.cpu.kernels import Operators
 from tandem.cpu.kernels.operators import direct_calls, once
 from tandem.errors import UnsupportedModelError
-from tandem.machine import cache_directory, code_hash, cpu_name
+from tandem.machine import code_hash, cpu_name
 
 logger = logging.getLogger("tandem")
 
@@ -64,11 +65,8 @@ class Graph:
         Raises:
             UnsupportedModelError: the graph needs more than the module's parameters and buffers.
         """
-        path = _path(module)
-        if not path.exists():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                _compile(module, inputs, path)
+        name = _file_name(module)
+        path = find_file(name) or keep_file(name, partial(_compile, module, inputs))
         tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         tensors.update(module.named_buffers(remove_duplicate=False))
         try:
@@ -76,7 +74,7 @@ class Graph:
         except KeyError as error:
             raise UnsupportedModelError(f"it makes tensors of its own: {error}") from error
         except RuntimeError:
-            # Damaged, or of another system; the next engine makes it anew.
+            # Of another system; the next engine makes it anew.
             path.unlink(missing_ok=True)
             raise
 
@@ -85,8 +83,8 @@ class Graph:
         return self._loaded(inputs)
 
 
-def _path(module: nn.Module) -> Path:
-    """Where the compiled module is kept: all that the graph depends on is in its name."""
+def _file_name(module: nn.Module) -> str:
+    """What the compiled module is kept as: all that the graph depends on is in it."""
     facts = [torch.__version__, transformers.__version__, code_hash(), cpu_name(), repr(_SETTINGS)]
     for name, part in module.named_modules():
         facts.append(f"{name}: {type(part).__qualname__}({part.extra_repr()})")
@@ -99,30 +97,26 @@ def _path(module: nn.Module) -> Path:
         if value.numel() <= _MAX_INLINED:
             facts.append(str(value.tolist()))
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-    return cache_directory() / f"graph-{key[:16]}.pt2"
+    return f"graph-{key[:16]}.pt2"
 
 
 def _compile(module: nn.Module, inputs: Items[Tensor], path: Path) -> None:
     logger.info("compiling %s, which is done once on a machine", type(module).__name__)
     started = time.monotonic()
     varying = tuple({int(x.shape[0] == 1): torch.export.Dim.DYNAMIC} for x in inputs)
-    with _angles_once(module):
+    with _angles_once(module), _no_warnings():
         program = torch.export.export(
             module, tuple(inputs), dynamic_shapes=(varying,), strict=False
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory, _utf8_files():
-        made = Path(directory) / path.name
+    with _utf8_files(), _no_warnings():
         torch._inductor.aoti_compile_and_package(
             program,
-            package_path=str(made),
+            package_path=str(path),
             inductor_configs={
                 **_SETTINGS,
                 "aot_inductor.custom_ops_to_c_shims": direct_calls(),
             },
         )
-        # Another engine may be at the same; the last to end leaves its own.
-        made.replace(path)
     logger.info("compiled in %.1f s", time.monotonic() - started)
 
 
@@ -143,6 +137,13 @@ def _angles_once(module: nn.Module) -> Iterator[None]:
     finally:
         for each in hooks:
             each.remove()
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -169,6 +169,10 @@ class CPUWing:
 
     # --- memory
 
+    def free_bytes(self) -> int:
+        """Memory that nobody uses."""
+        return int(psutil.virtual_memory().available)
+
     def cache_bytes(
         self, wanted: int, utilization: float, largest_pass: Callable[[], object]
     ) -> int:

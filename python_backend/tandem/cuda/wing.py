@@ -101,6 +101,10 @@ class CUDAWing:
 
     # --- memory
 
+    def free_bytes(self) -> int:
+        """The GPU's memory that nobody uses."""
+        return torch.cuda.mem_get_info(self._device)[0]
+
     @torch.inference_mode()
     def cache_bytes(
         self, wanted: int, utilization: float, largest_pass: Callable[[], object]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tandem.config import DrafterConfig, EngineConfig
+from tandem.config import EngineConfig
+from tandem.drafter_config import DrafterConfig
 from tandem.drafters.assistant import Assistant
 from tandem.drafters.causal_lm import CausalLMDrafter
 from tandem.drafters.combined import CombinedDrafter
@@ -10,7 +11,8 @@ from tandem.drafters.drafter import Drafter
 from tandem.drafters.mtp import Gemma4Drafter, MTPDrafter, TrainedDrafter
 from tandem.drafters.ngram import NgramDrafter
 from tandem.errors import ConfigError
-from tandem.models.loading import LoadedVerifier, load_model
+from tandem.models.checkpoint import load_model
+from tandem.models.loading import LoadedVerifier
 from tandem.wing import wing_of
 
 
@@ -51,7 +53,9 @@ def _load_drafter(
 def _load_mtp_drafter(
     name: str, path: str, verifier: LoadedVerifier, *, enforce_eager: bool
 ) -> MTPDrafter:
-    assistant = load_model(path, verifier.model.dtype, verifier.model.device)
+    assistant = load_model(
+        path, verifier.model.dtype, verifier.model.device, key=f"drafters.{name}.model"
+    )
     wing = wing_of(assistant.device)
     if isinstance(assistant, Assistant):
         assistant.attach(verifier.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
@@ -81,20 +82,39 @@ class Costs:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Costs:
-        """From what `to_json` gave, keys as text."""
+        """From what `to_json` gave, keys as text.
 
-        def curve(points: Mapping[str, float]) -> Curve:
-            return Curve({int(count): seconds for count, seconds in points.items()})
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            costs = cls(
+                verify=_curve(values["verify"]),
+                sequence=_seconds(values["sequence"]),
+                prompt_token=_seconds(values["prompt_token"]),
+                draft={
+                    name: DraftCosts(_curve(each["begin"]), _curve(each["guess"]))
+                    for name, each in values["draft"].items()
+                },
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it lacks something: {error!r}") from error
+        # Observed times are divided by it.
+        if costs.verify(1) == 0:
+            raise ValueError("a pass takes no time")
+        return costs
 
-        return cls(
-            verify=curve(values["verify"]),
-            sequence=values["sequence"],
-            prompt_token=values["prompt_token"],
-            draft={
-                name: DraftCosts(curve(each["begin"]), curve(each["guess"]))
-                for name, each in values["draft"].items()
-            },
-        )
+
+def _curve(points: Mapping[str, float]) -> Curve:
+    if not points:
+        raise ValueError("a curve has no points")
+    return Curve({int(count): _seconds(value) for count, value in points.items()})
+
+
+def _seconds(value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no time")
+    return value
 
 
 class CostModel:

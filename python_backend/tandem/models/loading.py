@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.cache.kv_cache import KVCache
 from tandem.config import EngineConfig
 from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.models.attention import ATTENTION
+from tandem.models.checkpoint import load_model, load_tokenizer
 from tandem.models.compiled_pass import CompiledPass, compile_pass
 from tandem.models.head import OutputHead
 from tandem.models.probing import (
@@ -37,11 +27,6 @@ from tandem.wing import device_of, wing_of
 logger = logging.getLogger("tandem")
 
 _DEFAULT_MODEL_LEN = 4096
-# Where multimodal checkpoints keep the weights of their text part -> where the text class does.
-_TEXT_PART = {
-    r"^(model\.language_model|language_model\.model)\.": "model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-}
 _NUM_VOCABULARY_PROBES = 2000
 
 
@@ -83,7 +68,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     if config.batch_invariant:
         wing.check_batch_invariant(dtype)
     wing.set_up()
-    model = load_model(config.verifier, dtype, device)
+    model = load_model(config.verifier, dtype, device, key="verifier")
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
     max_model_len = config.max_model_len or min(limit, _DEFAULT_MODEL_LEN)
@@ -155,7 +140,9 @@ def _load_draft_models(
     for name, settings in config.drafter_configs.items():
         if settings.type == "causal_lm":
             assert settings.model is not None, "DrafterConfig lets none without a model through"
-            model = load_model(settings.model, verifier.dtype, verifier.device)
+            model = load_model(
+                settings.model, verifier.dtype, verifier.device, key=f"drafters.{name}.model"
+            )
             _check_vocabulary(name, settings.model, model, verifier, tokenizer)
             models[name] = model
     return models
@@ -200,45 +187,6 @@ def resolve(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
     return wing_of(found).default_dtype(), found
 
 
-def load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Loads a causal LM or an assistant; of a multimodal checkpoint, its text part."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-        loader: Any = AutoModelForCausalLM
-        arguments: dict[str, Any] = {"config": config}
-        text_config = config.get_text_config()
-        # An assistant has a text part too, but is no multimodal model; Tandem's is no causal LM.
-        if hasattr(config, "source_layers"):
-            loader = AutoModel
-        elif text_config is not config and not hasattr(config, "backbone_hidden_size"):
-            loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
-            arguments = {"config": text_config, "key_mapping": _TEXT_PART}
-        model, info = loader.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **arguments
-        )
-    except (OSError, ValueError, KeyError) as error:
-        hint = "" if Path(path).exists() else " (neither a directory here nor loadable by hub id)"
-        raise ConfigError(f"can't load the model {path!r}{hint}: {error}") from error
-    if info["missing_keys"]:
-        raise ConfigError(
-            f"the checkpoint {path!r} lacks {len(info['missing_keys'])} weights of "
-            f"{type(model).__name__}, such as {min(info['missing_keys'])}"
-        )
-    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
-    return loaded
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model, or None, with a warning, if there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        logger.warning("no tokenizer in %s, prompts must be token ids: %s", path, error)
-        return None
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
-
-
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     generation: GenerationConfig | None = model.generation_config
     ids = generation.eos_token_id if generation is not None else None
@@ -250,7 +198,14 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
 def _cache_tokens(
     config: EngineConfig, model: PreTrainedModel, max_model_len: int, bytes_per_token: int
 ) -> int:
+    wing = wing_of(model.device)
     if config.kv_cache_tokens is not None:
+        needed, free = config.kv_cache_tokens * bytes_per_token, wing.free_bytes()
+        if needed > free:
+            raise ConfigError(
+                f"kv_cache_tokens {config.kv_cache_tokens} need {needed / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB are free"
+            )
         return config.kv_cache_tokens
     # Each sequence may leave its last block partly empty.
     per_sequence = -(-max_model_len // config.block_size) * config.block_size
@@ -261,4 +216,10 @@ def _cache_tokens(
 
     wanted = config.max_num_seqs * per_sequence * bytes_per_token
     share = config.gpu_memory_utilization
-    return wing_of(model.device).cache_bytes(wanted, share, largest_pass) // bytes_per_token
+    try:
+        return wing.cache_bytes(wanted, share, largest_pass) // bytes_per_token
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a pass of max_num_batched_tokens, {config.max_num_batched_tokens}, takes more memory "
+            "than is free: lower it"
+        ) from error

@@ -10,7 +10,8 @@ from threading import Lock
 
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import NO_DRAFTER, EngineConfig
+from tandem.config import EngineConfig
+from tandem.drafter_config import NO_DRAFTER
 from tandem.errors import InvalidRequestError, shorten
 from tandem.requests.grammar import GrammarCompiler
 from tandem.requests.limits import TextLimits

@@ -12,13 +12,13 @@ import logging
 import os
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from tandem.machine import cache_directory, cpu_name
+from tandem.cache_files import find_file, keep_file
+from tandem.machine import cpu_name
 
 logger = logging.getLogger("tandem")
 
@@ -39,10 +39,13 @@ def library(device: torch.device, dtype: torch.dtype) -> ctypes.CDLL | None:
     sources = sorted(_FOLDER.glob("*.c"))
     compiler = _first(os.environ.get("CC", "gcc"), "cc")
     path = _built("kernels", compiler, (*_COMPILE, _DEFINITIONS[dtype]), sources)
+    if path is None:
+        return None
     try:
-        return None if path is None else ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except OSError as error:
         logger.warning("can't load %s, running on torch's operations, which is slower", error)
+        path.unlink(missing_ok=True)
         return None
 
 
@@ -84,25 +87,21 @@ def _built(
     texts = [path.read_text(encoding="utf-8") for path in (*sources, *_FOLDER.glob("*.h"))]
     wanted = [compiler, *options, *link, version, cpu_name(), *texts]
     key = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
-    path = cache_directory() / f"{name}-{key[:16]}.so"
-    if path.exists():
-        return path
+    file = f"{name}-{key[:16]}.so"
+
+    def compile_and_link(path: Path) -> None:
+        objects = []
+        for source in sources:
+            objects.append(str(path.with_name(f"{source.stem}.o")))
+            _run(compiler, *options, str(source), "-o", objects[-1])
+        _run(compiler, *_LINK, *objects, *link, "-o", str(path))
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            objects = []
-            for source in sources:
-                objects.append(f"{directory}/{source.stem}.o")
-                _run(compiler, *options, str(source), "-o", objects[-1])
-            made = Path(directory) / path.name
-            _run(compiler, *_LINK, *objects, *link, "-o", str(made))
-            # Another engine may be at the same; the last to end leaves its own.
-            made.replace(path)
+        return find_file(file) or keep_file(file, compile_and_link)
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
         logger.warning("can't compile, running on torch's operations, which is slower: %s", said)
         return None
-    return path
 
 
 def _run(*command: str) -> None:

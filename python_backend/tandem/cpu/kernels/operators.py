@@ -105,6 +105,7 @@ def _load() -> bool:
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     except OSError as error:
         logger.warning("can't load the operators of compiled passes: %s", error)
+        path.unlink(missing_ok=True)
         return False
     shapes: dict[str, Callable[..., Tensor]] = {
         "linear": _linear_shape,
