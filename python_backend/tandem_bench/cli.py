@@ -8,6 +8,7 @@ Parts, each of which can be run alone:
   peers     transformers' generate and, after `make bench-peers`, vLLM, in turns with Tandem
   lookahead the adaptive lookahead against every fixed one, on four kinds of text
   noise     acceptance of guesses under shared noise against the likeliest ones
+  mechanisms  what each mechanism for a CPU brings: the engine without it, in turns with all of it
   invariance  whether answers are the same alone, in a batch and with drafts, and its cost
   prompts   what a long prompt costs those that decode, and what a shared prefix saves
   growth    step time and memory as context and concurrency grow
@@ -35,6 +36,7 @@ from tandem_bench import (
     growth,
     invariance,
     lookahead,
+    mechanisms,
     profile,
     prompts,
     report,
@@ -63,6 +65,7 @@ PARTS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "peers": lambda settings, _: compare.run(settings),
     "lookahead": lambda settings, _: lookahead.run(settings),
     "noise": lambda settings, _: lookahead.run_noise(settings),
+    "mechanisms": lambda settings, _: mechanisms.run(settings),
     "invariance": lambda settings, _: invariance.run(settings),
     "prompts": lambda settings, _: prompts.run(settings),
     "growth": lambda settings, given: growth.run(settings, tuple(given.contexts)),
