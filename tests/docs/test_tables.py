@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tandem import EngineConfig
-from tandem.config import DRAFTER_TYPES, DrafterConfig
+from tandem.drafter_config import DRAFTER_TYPES, DrafterConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
