@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from tandem_runtime.address import port_is_free
 from tandem_runtime.paths import ROOT
-from tandem_runtime.server import ServerError, TritonServer, port_is_free
+from tandem_runtime.server import ServerError, TritonServer
 
 _ANY = re.compile("")
 _WARNING = re.compile(r"[WE]\d{4} ")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import http.client
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from tandem_runtime.address import client_host, in_url, is_ipv6, pick_ports
 from tandem_runtime.triton import TRITON, in_container, libpython_directory
 
 LOG_DIRECTORY = TRITON / "log"
@@ -66,10 +65,11 @@ class TritonServer:
     ) -> None:
         self.host = host
         self._openmp = {"GOMP_SPINCOUNT": _SPIN_COUNT_SHARED} if shares_cores else {}
-        self.http_port, self.grpc_port, self.metrics_port = _pick_ports(
+        self.http_port, self.grpc_port, self.metrics_port = pick_ports(
             host, (http_port, grpc_port, metrics_port)
         )
         self.log_file = Path(log_file or LOG_DIRECTORY / f"server-{self.http_port}.log").absolute()
+        libevent_host = f"ipv6:{host}" if is_ipv6(host) else host
         self._command = [
             str(TRITON / "bin" / "tritonserver"),
             f"--model-repository={Path(model_repository).absolute()}",
@@ -79,11 +79,11 @@ class TritonServer:
             # Completing the configuration would load the backend's Python twice.
             "--disable-auto-complete-config",
             f"--log-verbose={log_verbose}",
-            f"--http-address={host}",
+            f"--http-address={libevent_host}",
             f"--http-port={self.http_port}",
-            f"--grpc-address={host}",
+            f"--grpc-address={in_url(host)}",
             f"--grpc-port={self.grpc_port}",
-            f"--metrics-address={host}",
+            f"--metrics-address={libevent_host}",
             f"--metrics-port={self.metrics_port}",
             *extra_args,
         ]
@@ -215,7 +215,7 @@ class TritonServer:
 
     @property
     def _client_host(self) -> str:
-        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return client_host(self.host)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -233,37 +233,6 @@ def failure_reason(log: str) -> str:
     reasons = [match[1] or match[2] or match[3] for match in _FAILURES.finditer(log)]
     # The server's own summary says least.
     return "\n".join(dict.fromkeys(reasons[:-1] or reasons))
-
-
-def port_is_free(host: str, port: int) -> bool:
-    """Whether nobody else listens on the port.
-
-    Raises:
-        OSError: listening there fails for another reason, such as a host that is not this one.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return False
-            raise
-    return True
-
-
-def _pick_ports(host: str, ports: Sequence[int | None]) -> list[int]:
-    """The ports, with a free one for each None or 0."""
-    with ExitStack() as probes:
-        picked = []
-        for port in ports:
-            if not port:
-                # All stay bound until the last is picked, so that they differ.
-                probe = probes.enter_context(socket.socket())
-                probe.bind((host, 0))
-                port = probe.getsockname()[1]
-            picked.append(port)
-    return picked
 
 
 def _shared_memory(pid: int) -> set[Path]:
