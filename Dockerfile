@@ -23,11 +23,13 @@ RUN python3 -m pip install --no-cache-dir --no-compile --target /opt/tandem/pack
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
-COPY python_backend /opt/tritonserver/backends/tandem
+# Laid out as a checkout is, to which Triton's folder of backends links.
+COPY python_backend /opt/tandem/python_backend
 COPY model_repository /opt/tandem/model_repository
 COPY drafters /opt/tandem/drafters
 # Makes the default verifier where there is none.
 COPY scripts/fetch_models.py /opt/tandem/scripts/
+RUN ln -s /opt/tandem/python_backend /opt/tritonserver/backends/tandem
 
 # Nothing is written but to /tmp and /dev/shm: the root file system may be read-only.
 ENV PYTHONPATH=/opt/tandem/packages \

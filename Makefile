@@ -9,7 +9,7 @@ BENCH_ARGS ?= all
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo serve test test-fast lint fmt bench bench-peers clean distclean
+.PHONY: help setup tools demo serve test test-fast lint fmt docs bench bench-peers clean distclean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ fmt: setup ## format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
+docs: setup ## build the pages in docs/ as a site, in site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 bench: setup ## measure everything, for hours (BENCH_ARGS="engine -c 1 8")
 	@$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
@@ -56,7 +59,7 @@ bench-peers: setup ## install vLLM in .vllm, for the benchmark to compare with
 	@$(BIN)/python scripts/bench_peers.py
 
 clean: ## remove what builds and tools leave behind
-	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## also remove what was set up: .venv, .checkov, .tools, .triton, .models and .vllm

@@ -1,9 +1,10 @@
 """Tandem as a Triton backend: requests become sequences, and what a step adds, responses.
 
-`execute()` hands requests to the engine at once and returns a coroutine, which steps the engine for
-all running sequences until its own requests are done. What the engine has no room for waits there,
-not in Triton's queue: to leave it in that, `execute()` would have to block, after which Triton's
-batcher may take half a second to see that it can go on. See `Outbox` for how responses leave.
+`execute()` returns a coroutine at once. It has each request read on a thread of its own, hands what
+it asks for to the engine, and steps the engine for all running sequences until its own are done.
+What the engine has no room for waits there, not in Triton's queue: to leave it in that, `execute()`
+would have to block, after which Triton's batcher may take half a second to see that it can go on.
+See `Outbox` for how responses leave.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Coroutine
@@ -32,11 +34,12 @@ from tandem import (
     StepError,
     TandemError,
 )
-from tandem.machine import has_spare_cores
+from tandem.wing import wing_of
 from tandem_triton.health import HealthServer
 from tandem_triton.log import log_to_server
 from tandem_triton.metrics import MetricsExporter
 from tandem_triton.outbox import Outbox
+from tandem_triton.ping import answer_ping
 from tandem_triton.request import Request
 from tandem_triton.shutdown import Drain
 from tandem_triton.signals import ShutdownSignal
@@ -55,6 +58,8 @@ _MAX_QUEUE_SIZE = 128
 _TURN_SECONDS = 0.1
 # A step, or the watching thread, that takes longer counts as hanging for good.
 _HANG_SECONDS = 120.0
+# Requests that are read at once: tokenizing a long text takes as long as many steps.
+_READERS = 2
 # Steps that fail one after the other before the engine counts as broken.
 _MAX_FAILURES = 3
 _SHUTTING_DOWN = EngineStoppedError("the server is shutting down")
@@ -77,9 +82,10 @@ class TritonPythonModel:
         self._turn = asyncio.Lock()
         self._lock = threading.Lock()
         self._requests: dict[Sequence, Request] = {}
+        self._num_reading = 0
+        self._readers = ThreadPoolExecutor(_READERS, "tandem-read")
         self._outbox = Outbox()
-        device = self._engine.verifier.model.device
-        self._sends_between_steps = device.type == "cpu" and not has_spare_cores()
+        self._sends_between_steps = wing_of(self._engine.verifier.model.device).occupies_host
         self._shutdown_signal = ShutdownSignal()
         self._closing = False
         self._num_failures = 0
@@ -96,11 +102,14 @@ class TritonPythonModel:
     def _open_health(self, port: int) -> HealthServer | None:
         if not port:
             return None
+        # Triton doesn't tell its models where it was asked to listen.
+        host = os.environ.get("TANDEM_HOST", "")
         try:
-            return HealthServer(port, self._not_live, self._not_ready, self._drain.run)
+            return HealthServer(host, port, self._not_live, self._not_ready, self._drain.run)
         except OSError as error:
+            where = f" on TANDEM_HOST, {host!r}," if host else ""
             raise pb_utils.TritonModelException(
-                f"config.pbtxt: health_port {port} can't be had: {error.strerror}"
+                f"config.pbtxt: health_port {port}{where} can't be had: {error.strerror}"
             ) from None
 
     @staticmethod
@@ -138,13 +147,29 @@ class TritonPythonModel:
     # --- on Triton's thread
 
     def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None]:
-        """Queues the requests, and returns what runs them to their end."""
-        arrived = [(Request(request, self._metrics), request) for request in requests]
-        return self._run([sequence for pair in arrived for sequence in self._admit(*pair)])
+        """Refuses what the queue has no room for, and returns what runs the others to their end."""
+        asked = [each for each in requests if not answer_ping(each, self._not_ready())]
+        arrived = [(Request(request, self._metrics), request) for request in asked]
+        return self._serve([pair for pair in arrived if self._has_room(pair[0])])
+
+    def _has_room(self, request: Request) -> bool:
+        with self._lock:
+            num_waiting = len(self._requests) + self._num_reading - self._engine.config.max_num_seqs
+            if num_waiting < self._max_queue_size:
+                self._num_reading += 1
+                return True
+        error = QueueFullError(
+            f"the queue is full, {num_waiting} wait: try again later, or raise max_queue_size "
+            f"({self._max_queue_size}) in config.pbtxt"
+        )
+        _refuse(request, error)
+        return False
+
+    # --- on a thread that reads
 
     def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
+        """The sequences that a request asks for, which the engine has then."""
         try:
-            self._check_queue()
             sequences = request.read(triton_request, self._engine)
             with self._lock:
                 if self._stopped is not None:
@@ -156,19 +181,17 @@ class TritonPythonModel:
         except Exception as error:
             # No input may harm the other requests of the call.
             logger.exception("a request could not be read")
-            _refuse(request, TandemError(f"internal error: {error!r}"))
+            kind = type(error).__name__
+            _refuse(request, TandemError(f"internal error ({kind}); the server's log has more"))
             return []
+        finally:
+            with self._lock:
+                self._num_reading -= 1
         for sequence in sequences:
             self._engine.add(sequence)
         return sequences
 
-    def _check_queue(self) -> None:
-        num_waiting = len(self._requests) - self._engine.config.max_num_seqs
-        if num_waiting >= self._max_queue_size:
-            raise QueueFullError(
-                f"the queue is full, {num_waiting} wait: try again later, or raise max_queue_size "
-                f"({self._max_queue_size}) in config.pbtxt"
-            )
+    # --- asked about
 
     def is_ready(self) -> bool:
         """Asked by servers that know it: False once the engine has failed or is shutting down."""
@@ -193,6 +216,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Ends what still runs with an error, sends it, and stops the threads."""
         self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
+        self._readers.shutdown()
         self._stepper.shutdown()
         self._closing = True
         self._outbox.close()
@@ -202,6 +226,18 @@ class TritonPythonModel:
             self._health.close()
 
     # --- on the event loop, and the thread that steps
+
+    async def _serve(self, arrived: list[tuple[Request, Any]]) -> None:
+        await asyncio.gather(*(self._serve_one(*pair) for pair in arrived))
+
+    async def _serve_one(self, request: Request, triton_request: Any) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            reading = loop.run_in_executor(self._readers, self._admit, request, triton_request)
+        except RuntimeError:  # there are no readers any more
+            _refuse(request, _SHUTTING_DOWN)
+            return
+        await self._run(await reading)
 
     async def _run(self, sequences: list[Sequence]) -> None:
         """Takes turns with the other calls in stepping the engine, until `sequences` are done."""
@@ -266,7 +302,7 @@ class TritonPythonModel:
                 # Unlike a balancer, whoever sends a signal sends nothing after it.
                 with self._lock:
                     self._stopped = self._stopped or _SHUTTING_DOWN
-            self._drain.observe(busy=bool(self._requests))
+            self._drain.observe(busy=bool(self._requests) or self._num_reading > 0)
             if self._drain.is_over and self._requests:
                 self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
             self._end_cancelled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from made_up_costs import costs
 from tandem import Engine, EngineConfig, SamplingParams
-from tandem.costs import CostModel, Costs, Curve
-from tandem.lookahead import AdaptiveLookahead
+from tandem.cache_files import keep_file
+from tandem.lookahead.adaptive import AdaptiveLookahead
+from tandem.lookahead.costs import CostModel, Costs, Curve
 from tiny_engines import TinyModels
 
 
@@ -68,13 +70,70 @@ def test_costs_are_measured_once(
     assert outputs[0].token_ids == outputs[1].token_ids
 
 
-def test_a_file_that_cannot_be_read_is_made_anew(load: Any, tmp_path: Path) -> None:
+def zeros(value: Any) -> Any:
+    """The same, with nothing but zeros for numbers."""
+    return {key: zeros(each) for key, each in value.items()} if isinstance(value, dict) else 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:40],
+        lambda text: "[]",
+        lambda text: "",
+        lambda text: "[" * 100_000,
+        lambda text: json.dumps(zeros(json.loads(text))),
+    ],
+)
+def test_a_file_that_is_wrong_is_made_anew(
+    load: Any, tmp_path: Path, damage: Callable[[str], str]
+) -> None:
     load()
     [path] = kept(tmp_path)
     good = path.read_text()
-    path.write_text(good[:40])
-    load()
+    path.write_text(damage(good))
+    engine = load()
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    assert len(next(engine.generate([[9, 8, 7]], params)).token_ids) == 12
+    [path] = kept(tmp_path)
     assert json.loads(path.read_text()).keys() == json.loads(good).keys()
+
+
+def test_a_sound_file_without_costs_is_made_anew(
+    load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load()
+    [path] = kept(tmp_path)
+    path.unlink()
+    wrong = keep_file(f"{path.stem.rpartition('-')[0]}.json", lambda path: path.write_text("[]"))
+    load()
+    assert f"{wrong} holds no costs, measuring again" in caplog.text
+    assert not wrong.exists()
+    assert len(kept(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"verify": {}},
+        {"verify": {"1": 0}},
+        {"verify": {"1": float("nan")}},
+        {"verify": {"one": 0.1}},
+        {"verify": {"1": "0.1"}},
+        {"verify": 5},
+        {"sequence": -1},
+        {"sequence": None},
+        {"prompt_token": float("inf")},
+        {"draft": []},
+        {"draft": {"ngram": {"begin": {"1": 0}}}},
+        {"draft": {"ngram": {"begin": {}, "guess": {"1": 0}}}},
+    ],
+)
+def test_what_are_no_costs_is_refused(changes: dict[str, Any]) -> None:
+    values = json.loads(json.dumps(costs("ngram").to_json()))
+    assert Costs.from_json(values).to_json() == costs("ngram").to_json()
+    with pytest.raises(ValueError, match=r"\w"):
+        Costs.from_json({**values, **changes})
 
 
 def test_a_pool_with_room_for_one_sequence_is_measured_too(load: Any) -> None:

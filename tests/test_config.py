@@ -46,8 +46,33 @@ def test_a_drafters_type_is_its_name_unless_given() -> None:
     [
         ({"verifier": ""}, "verifier"),
         ({"verifier": 3}, "verifier"),
+        ({"verifier": "  "}, "verifier"),
+        ({"device": []}, r"device must be a string, got \[\]"),
+        ({"dtype": []}, r"unknown dtype \[\]"),
+        ({"lookahead": {}}, "unknown lookahead {}"),
+        ({"max_num_seqs": 10**9}, "max_num_seqs .* from 1 to 65536, got 1000000000"),
+        ({"max_num_seqs": 10**5000}, "max_num_seqs .* got what is too large to show, of type int"),
+        ({"max_num_batched_tokens": None}, "max_num_batched_tokens .* got None"),
+        ({"max_num_batched_tokens": 10**12}, "max_num_batched_tokens"),
+        ({"max_model_len": 10**12}, "max_model_len"),
+        ({"kv_cache_tokens": 10**15}, "kv_cache_tokens"),
+        ({"block_size": 10**9}, "block_size"),
+        ({"gpu_memory_utilization": True}, "gpu_memory_utilization .* got True"),
+        ({"max_prefill_slowdown": 1}, "max_prefill_slowdown .* above 1 .* got 1"),
+        ({"max_prefill_slowdown": 1e300}, "max_prefill_slowdown"),
+        ({"max_prefill_slowdown": []}, "max_prefill_slowdown"),
+        ({"synthetic_acceptance_rates": [True]}, "synthetic_acceptance_rates"),
+        ({"default_drafter": []}, r"default_drafter \[\] is not configured; choose from none"),
+        ({"default_drafter": {}}, "default_drafter {} is not configured"),
+        ({"drafter_weights": 5}, "drafter_weights must map drafters to numbers, got 5"),
+        ({"drafter_weights": []}, r"drafter_weights must map drafters to numbers, got \[\]"),
+        ({"drafter_weights": {"none": 1e300}}, r"drafter_weights\.none"),
+        (
+            {"drafters": {str(n): {"type": "ngram"} for n in range(33)}},
+            "drafters may be 32 at most",
+        ),
         ({"dtype": "int8"}, r"unknown dtype 'int8'; known: auto, bfloat16"),
-        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number at least 1, got 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number from 1 to 65536, got 0"),
         ({"max_num_seqs": True}, "max_num_seqs .* got True"),
         ({"max_num_seqs": 2.0}, r"max_num_seqs .* got 2\.0"),
         ({"block_size": 0}, "block_size"),
@@ -75,16 +100,24 @@ def test_a_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
     [
         ("none", {"type": "ngram"}, "taken by plain decoding"),
         ("eagle", {}, r"drafters\.eagle: unknown type 'eagle'; known: causal_lm, mtp, ngram"),
-        ("mtp", {}, "needs 'model'"),
-        ("mtp", {"model": 5}, "needs 'model', a directory or hub id, got 5"),
+        ("mtp", {}, r"drafters\.mtp: model must be a directory or hub id, got None"),
+        ("mtp", {"model": 5}, r"drafters\.mtp: model must be a directory or hub id, got 5"),
         ("ngram", {"name": "x"}, "leave 'name' out"),
         ("a+b", {"type": "ngram"}, r"a name can't have a '\+'"),
-        ("ngram", {"num_shared_tokens": -1}, "num_shared_tokens .* at least 0, got -1"),
+        ("ngram", {"num_shared_tokens": -1}, "num_shared_tokens .* from 0 to 1073741824, got -1"),
         ("ngram", {"num_speculative_tokens": 0}, "num_speculative_tokens .* from 1 to 64, got 0"),
         ("ngram", {"num_speculative_tokens": 65}, "num_speculative_tokens"),
         ("ngram", {"num_speculative_tokens": "4"}, "num_speculative_tokens"),
         ("ngram", {"min_ngram_size": 0}, "min_ngram_size"),
-        ("ngram", {"min_ngram_size": 3, "max_ngram_size": 2}, "max_ngram_size .* at least 3"),
+        ("ngram", {"min_ngram_size": 3, "max_ngram_size": 2}, "max_ngram_size .* from 3 to 1024"),
+        ("", {"type": "ngram"}, "a name must have 1 to 64 printable characters, got ''"),
+        ("a\nb", {"type": "ngram"}, r"printable characters, got 'a\\nb'"),
+        ("a" * 65, {"type": "ngram"}, "1 to 64 printable characters"),
+        ("mtp", {"model": ""}, r"drafters\.mtp: model must be"),
+        ("ngram", {"type": []}, r"drafters\.ngram: unknown type \[\]"),
+        ("ngram", {"model": "a"}, r"drafters\.ngram: type 'ngram' has no 'model', got 'a'"),
+        ("ngram", {"max_ngram_size": 10**9}, r"drafters\.ngram: max_ngram_size"),
+        ("ngram", {"num_shared_tokens": 10**12}, r"drafters\.ngram: num_shared_tokens"),
         ("ngram", {"k": 4}, "unknown key 'k'; allowed: .*num_speculative_tokens"),
     ],
 )
@@ -117,7 +150,7 @@ def test_lookup_joins_every_model() -> None:
     ("weights", "message"),
     [
         ({"eagle": 1}, "drafter_weights: 'eagle' is not configured; choose from none, ngram, mtp"),
-        ({"mtp": -1}, r"drafter_weights\.mtp must be a number from 0, got -1"),
+        ({"mtp": -1}, r"drafter_weights\.mtp must be a number from 0 to 1000000000, got -1"),
         ({"mtp": "much"}, r"drafter_weights\.mtp .* got 'much'"),
         ({"mtp": float("nan")}, r"drafter_weights\.mtp .* got nan"),
         ({"mtp": 0, "none": 0}, "must not all be 0"),
@@ -138,11 +171,37 @@ def test_a_missing_verifier_is_refused(tmp_path: Path) -> None:
         EngineConfig.from_json(write(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"model"', "\ufeff{}"])
+@pytest.mark.parametrize("text", ["{", "[]", '"model"', "\ufeff{}", "", "[" * 100_000])
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "model.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"model\.json"):
+        EngineConfig.from_json(path)
+
+
+def test_a_file_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    for depth in (900, 5000):
+        path.write_text('{"verifier": "model", "device": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(ConfigError, match=r"nested too deeply|device must be a string"):
+            EngineConfig.from_json(path)
+
+
+@pytest.mark.parametrize("verifier", ["", "a" * 5000, "a" * 1000, "a\0b", "\ud800"])
+def test_a_verifier_that_can_be_no_path(tmp_path: Path, verifier: str) -> None:
+    """An empty one was the directory of model.json."""
+    path = write(tmp_path, verifier=verifier)
+    if 0 < len(verifier) <= 4096:
+        assert EngineConfig.from_json(path).verifier == verifier
+    else:
+        with pytest.raises(ConfigError, match=r"verifier must be a directory or hub id, got '"):
+            EngineConfig.from_json(path)
+
+
+def test_a_number_that_python_refuses_to_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text('{"verifier": "model", "max_num_seqs": ' + "1" * 5000 + "}")
+    with pytest.raises(ConfigError, match=r"max_num_seqs .* got inf"):
         EngineConfig.from_json(path)
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tandem import FinishReason, SamplingParams, Sequence
-from tandem.block_pool import BlockPool
-from tandem.prompt_budget import PromptLimits
+from tandem.cache.block_pool import BlockPool
+from tandem.lookahead.prompt_budget import PromptLimits
+from tandem.requests.sequence import ScheduledSequence
 from tandem.scheduler import Scheduler
-from tandem.sequence import ScheduledSequence
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 24

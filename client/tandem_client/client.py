@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -11,6 +13,7 @@ from typing import Any, Self, Unpack
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from tandem_client.heartbeat import TICK_SECONDS, Deaths, Heartbeat, make_ping, says_ready
 from tandem_client.options import Options, Prompt
 from tandem_client.protocol import Chunk, Completion, Exchange
 
@@ -39,6 +42,7 @@ class Client:
         self.timeout = timeout
         self._channel = grpc.insecure_channel(url)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._deaths = Deaths()
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """The whole answer to `prompt`: text, token ids, or the messages of a conversation.
@@ -77,16 +81,37 @@ class Client:
         self, prompt: Prompt, stream: bool, options: Options
     ) -> Generator[Chunk, None, None]:
         exchange = Exchange(self.url, self.model, prompt, stream, options)
+        heartbeat = Heartbeat(self.url, self.model, self._deaths)
+        done = threading.Event()
+
+        def requests() -> Iterator[Any]:
+            # On a thread of gRPC's, until the stream may end.
+            yield exchange.request
+            while not done.wait(TICK_SECONDS):
+                ping = heartbeat.beat()
+                if heartbeat.error is not None:
+                    call.cancel()
+                    return
+                if ping is not None:
+                    yield ping
+
         call = self._stub.ModelStreamInfer(
-            iter([exchange.request]), timeout=self.timeout, metadata=exchange.metadata
+            requests(), timeout=self.timeout, metadata=exchange.metadata
         )
         try:
             for message in call:
+                if heartbeat.read(message):
+                    continue
+                heartbeat.pause()
                 yield from exchange.read(message)
+                heartbeat.resume()
+                if exchange.is_over:
+                    done.set()
             exchange.check_ended()
         except grpc.RpcError as error:
-            raise exchange.explain(error) from error
+            raise heartbeat.error or exchange.explain(error) from error
         finally:
+            done.set()
             call.cancel()
 
 
@@ -99,6 +124,7 @@ class AsyncClient:
         self.url = url
         self.model = model
         self.timeout = timeout
+        self._deaths = Deaths()
 
     @cached_property
     def _channel(self) -> Any:
@@ -116,14 +142,19 @@ class AsyncClient:
         return self._request(prompt, True, options)
 
     async def is_ready(self) -> bool:
-        """Whether the server answers and its model takes requests."""
+        """Whether the server answers, its model's process lives, and takes requests."""
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         request = service_pb2.ModelReadyRequest(name=self.model)
         try:
-            answer = await stub.ModelReady(request, timeout=_READY_SECONDS)
-        except grpc.RpcError:
+            async with asyncio.timeout(_READY_SECONDS):
+                if not (await stub.ModelReady(request)).ready:
+                    return False
+                # Triton says yes of a model whose process is dead.
+                call = stub.ModelStreamInfer(iter([make_ping(self.model, "ping")]))
+                answers = [says_ready(message) async for message in call]
+                return bool(answers) and all(answers)
+        except (grpc.RpcError, TimeoutError):
             return False
-        return bool(answer.ready)
 
     async def close(self) -> None:
         """Closes the connection; running requests are cancelled."""
@@ -144,16 +175,48 @@ class AsyncClient:
         self, prompt: Prompt, stream: bool, options: Options
     ) -> AsyncGenerator[Chunk, None]:
         exchange = Exchange(self.url, self.model, prompt, stream, options)
+        heartbeat = Heartbeat(self.url, self.model, self._deaths)
+        done = asyncio.Event()
+
+        async def requests() -> AsyncIterator[Any]:
+            yield exchange.request
+            while not await _wait(done, TICK_SECONDS):
+                ping = heartbeat.beat()
+                if heartbeat.error is not None:
+                    call.cancel()
+                    return
+                if ping is not None:
+                    yield ping
+
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        call = stub.ModelStreamInfer(
-            iter([exchange.request]), timeout=self.timeout, metadata=exchange.metadata
-        )
+        call = stub.ModelStreamInfer(requests(), timeout=self.timeout, metadata=exchange.metadata)
         try:
             async for message in call:
+                if heartbeat.read(message):
+                    continue
+                heartbeat.pause()
                 for chunk in exchange.read(message):
                     yield chunk
+                heartbeat.resume()
+                if exchange.is_over:
+                    done.set()
             exchange.check_ended()
         except grpc.RpcError as error:
-            raise exchange.explain(error) from error
+            raise heartbeat.error or exchange.explain(error) from error
+        except asyncio.CancelledError:
+            # So gRPC reports a call that was cancelled here.
+            if heartbeat.error is not None:
+                raise heartbeat.error from None
+            raise
         finally:
+            done.set()
             call.cancel()
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> bool:
+    """Whether the event came in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False

@@ -1,7 +1,7 @@
 """Errors of the client.
 
 TandemClientError
-├── ServerUnavailableError   nobody answers at the address
+├── ServerUnavailableError   nobody answers at the address, or the model died
 ├── RequestError             the server refused or failed the request
 └── RequestTimeoutError      the answer was not complete in time
 """
@@ -12,7 +12,7 @@ class TandemClientError(Exception):
 
 
 class ServerUnavailableError(TandemClientError):
-    """Nobody answers at the address."""
+    """Nobody answers at the address, or the model that owed an answer has died."""
 
 
 class RequestError(TandemClientError):

@@ -13,7 +13,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 class Options(TypedDict, total=False):
     """How to generate; the server's defaults hold for what isn't given.
 
-    The keys are the server's (README.md, "Requests"). With `n` above 1, a stream's chunks belong to
+    The keys are the server's (docs/requests.md). With `n` above 1, a stream's chunks belong to
     different sequences; `Client.generate` gives the first. `tools` go to the chat template.
 
     `request_id` and `traceparent` (of W3C trace context) turn up in the server's log. Requests with

@@ -145,6 +145,11 @@ class Exchange:
             self._ended = response.parameters["triton_final_response"].bool_param
         return read_chunks(InferResult(response)) if response.outputs else []
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the last response has come; what follows is the stream's end."""
+        return self._ended or self._refusal is not None
+
     def check_ended(self) -> None:
         """To be called when the stream has ended.
 
@@ -191,6 +196,8 @@ _TRITON_TEXTS = {
     "unknown model": "NOT_FOUND",
     "not found": "NOT_FOUND",
     "is not ready": "UNAVAILABLE",
+    # "Stub process 'tandem_0_0' is not healthy.": the model's process is dead.
+    "is not healthy": "UNAVAILABLE",
     "maximum queue size": "UNAVAILABLE",
     "timeout expired": "UNAVAILABLE",
 }
@@ -216,23 +223,23 @@ def make_request(model: str, prompt: Prompt, *, stream: bool, options: Options) 
         name: value for name, value in options.items() if value is not None and name not in ENVELOPE
     }
     tools = sampling.pop("tools", None)
-    texts = {"sampling_parameters": json.dumps(sampling)}
+    texts = {"sampling_parameters": _to_json(sampling)}
     if tools is not None:
-        texts["tools"] = json.dumps(tools)
+        texts["tools"] = _to_json(tools)
     token_ids: list[int] = []
     if isinstance(prompt, str):
         texts["text_input"] = prompt
     elif all(isinstance(item, int) for item in prompt):
         token_ids = cast("list[int]", list(prompt))
     else:
-        texts["messages"] = json.dumps(list(prompt))
+        texts["messages"] = _to_json(list(prompt))
     request = service_pb2.ModelInferRequest(model_name=model, id=options.get("request_id", ""))
     request.parameters["triton_enable_empty_final_response"].bool_param = True
     for name, text in texts.items():
         try:
             content = text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"the prompt is not valid UTF-8: {error}") from error
+            raise RequestError(f"{_LABELS.get(name, name)} is not valid UTF-8: {error}") from None
         tensor = request.inputs.add(name=name, datatype="BYTES", shape=[1, 1])
         tensor.contents.bytes_contents.append(content)
     if token_ids:
@@ -241,6 +248,14 @@ def make_request(model: str, prompt: Prompt, *, stream: bool, options: Options) 
     tensor = request.inputs.add(name="stream", datatype="BOOL", shape=[1, 1])
     tensor.contents.bool_contents.append(stream)
     return request
+
+
+_LABELS = {"text_input": "the prompt", "messages": "the prompt"}
+
+
+def _to_json(value: Any) -> str:
+    # Unescaped, so that half a surrogate, which is no character, is found here.
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_chunks(result: InferResult) -> list[Chunk]:

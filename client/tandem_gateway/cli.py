@@ -6,12 +6,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-
-import uvicorn
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
 
 from tandem_client.client import DEFAULT_MODEL, DEFAULT_URL
-from tandem_gateway.app import MAX_BODY_BYTES, create_app
+from tandem_gateway.app import create_app
+from tandem_gateway.auth import read_keys
+from tandem_gateway.limits import Limits
 from tandem_gateway.log import log_to_stderr
+from tandem_gateway.server import make_server
 
 _EXAMPLES = """examples:
   tandem-gateway                                     then open http://127.0.0.1:9000/
@@ -36,33 +40,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=9000, help="port to listen on (9000)")
     parser.add_argument(
-        "--max-body-bytes",
-        type=int,
-        default=MAX_BODY_BYTES,
-        metavar="N",
-        help=f"larger requests are refused ({MAX_BODY_BYTES})",
-    )
-    parser.add_argument(
         "--drain-seconds",
         type=int,
         default=5,
         metavar="N",
         help="how long answers that are being streamed may go on after Ctrl-C or SIGTERM (5)",
     )
-    parsed = parser.parse_args(arguments)
+    _add_limits(parser)
+    parsed = vars(parser.parse_args(arguments))
+    try:
+        limits = Limits(**{each.name: parsed[each.name] for each in fields(Limits)})
+        keys = read_keys(os.environ)
+    except ValueError as error:
+        parser.error(str(error))
     log_to_stderr()
-    # From the environment, so that no key shows in a list of processes.
-    keys = [key for key in os.environ.get("TANDEM_API_KEYS", "").split(",") if key]
-    app = create_app(parsed.url, parsed.model, api_keys=keys, max_body_bytes=parsed.max_body_bytes)
-    print(f"serving http://{parsed.host}:{parsed.port}/ until Ctrl-C", file=sys.stderr)
-    uvicorn.run(
-        app,
-        host=parsed.host,
-        port=parsed.port,
-        log_config=None,
-        timeout_graceful_shutdown=parsed.drain_seconds,
-    )
-    return 0
+    app = create_app(parsed["url"], parsed["model"], api_keys=keys, limits=limits)
+    host, port = parsed["host"], parsed["port"]
+    print(f"serving http://{host}:{port}/ until Ctrl-C", file=sys.stderr)
+    server = make_server(app, host, port, parsed["drain_seconds"])
+    with suppress(KeyboardInterrupt):
+        server.run()
+    return 0 if server.started else 3
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits", "What is over one is answered 4xx or 503.")
+    for each in fields(Limits):
+        default: Any = each.default
+        shown = (
+            "none" if each.metadata["or_none"] else f"{default:g}" if default < 1000 else default
+        )
+        group.add_argument(
+            f"--{each.name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            metavar="N",
+            help=f"{each.metadata['help']} ({shown})",
+        )
 
 
 if __name__ == "__main__":

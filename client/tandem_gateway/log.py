@@ -30,6 +30,8 @@ def log_to_stderr() -> None:
     handler.setFormatter(_Formatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logger.setLevel(logging.INFO)
+    # A line for each request that isn't HTTP is a way to fill disks; `/metrics` counts them.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 def log_request(request_id: str, traceparent: str, outcome: str, seconds: float) -> None:

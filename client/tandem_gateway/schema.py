@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tandem_client import Options, Prompt
 
+# Of a list of wrong values one is enough to say so.
+_T = TypeVar("_T")
+Values = Annotated[list[_T], Field(fail_fast=True)]
 # "As many as there is room for": the server ends a sequence at its max_model_len.
 _NO_LIMIT = 2**31 - 1
+
+
+# As many as there may be, with an error for each.
+_MAX_BIASES = 4096
+
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > _MAX_BIASES:
+        raise ValueError(f"at most {_MAX_BIASES} tokens")
+    return biases
 
 
 class StreamOptions(BaseModel):
@@ -48,8 +61,8 @@ class Request(BaseModel, ABC):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    stop: str | list[str] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] | None = None
+    stop: str | Values[str] | None = None
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=64)] = 1
     response_format: ResponseFormat | None = None
@@ -59,8 +72,8 @@ class Request(BaseModel, ABC):
     min_p: float | None = None
     min_tokens: int | None = None
     repetition_penalty: float | None = None
-    bad_words: list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    bad_words: Values[str] | None = None
+    stop_token_ids: Values[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -104,12 +117,12 @@ class Request(BaseModel, ABC):
 class ChatCompletionRequest(Request):
     """`POST /v1/chat/completions`."""
 
-    messages: list[dict[str, Any]]
+    messages: Values[dict[str, Any]]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Values[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -134,7 +147,7 @@ class ChatCompletionRequest(Request):
 class CompletionRequest(Request):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Values[str] | Values[int] | Values[Values[int]]
     max_tokens: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False

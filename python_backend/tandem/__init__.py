@@ -1,6 +1,7 @@
 """Speculative decoding with one KV cache for drafter and verifier."""
 
-from tandem.config import DrafterConfig, EngineConfig
+from tandem.config import EngineConfig
+from tandem.drafter_config import DrafterConfig
 from tandem.engine import Engine
 from tandem.errors import (
     ConfigError,
@@ -15,10 +16,9 @@ from tandem.errors import (
     UnsupportedModelError,
     VerifierOutputError,
 )
-from tandem.logits import TokenLogprobs
-from tandem.outputs import Delta, RequestOutput
-from tandem.params import Guide, SamplingParams
-from tandem.sequence import FinishReason, Sequence
+from tandem.requests.outputs import Delta, RequestOutput, TokenLogprobs
+from tandem.requests.params import Guide, SamplingParams
+from tandem.requests.sequence import FinishReason, Sequence
 
 __all__ = [
     "ConfigError",

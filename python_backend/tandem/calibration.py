@@ -10,28 +10,29 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, islice
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import transformers
 
-from tandem.acceptance import Verdict
+from tandem.acceptance.match import Verdict
+from tandem.cache_files import find_file, keep_file
 from tandem.config import EngineConfig
-from tandem.costs import Costs, Curve, DraftCosts
-from tandem.drafters import Drafter, DraftRequest
-from tandem.machine import cache_directory, code_hash, cpu_name
-from tandem.params import SamplingParams
+from tandem.drafters.drafter import Drafter, DraftRequest
+from tandem.lookahead.adaptive import AdaptiveLookahead
+from tandem.lookahead.costs import CostModel, Costs, Curve, DraftCosts
+from tandem.lookahead.lookahead import Lookahead
+from tandem.machine import code_hash
+from tandem.models.verifier import Verifier, VerifierOutput
+from tandem.requests.params import SamplingParams
+from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
 from tandem.scheduler import Scheduler
-from tandem.sequence import Draft, ScheduledSequence, Sequence
-from tandem.verifier import Verifier, VerifierOutput
+from tandem.wing import Wing, wing_of
 
 logger = logging.getLogger("tandem")
 
@@ -50,17 +51,19 @@ T = TypeVar("T")
 Accept = Callable[[list[ScheduledSequence], VerifierOutput], list[Verdict | None]]
 
 
+def make_lookahead(config: EngineConfig, calibration: Calibration) -> Lookahead:
+    """The lookahead that the configuration asks for, with what drafting costs here."""
+    if config.lookahead == "fixed" or not config.drafter_configs:
+        return Lookahead()
+    costs = CostModel(calibrate(config, calibration))
+    return AdaptiveLookahead(costs, config.max_prefill_slowdown)
+
+
 def calibrate(config: EngineConfig, calibration: Calibration) -> Costs:
     """The costs that were measured here before, or those that are measured now."""
-    path = _cache_path(config)
-    try:
-        costs = Costs.from_json(json.loads(path.read_text(encoding="utf-8")))
-        logger.info("costs of drafting and verifying: from %s", path)
-        return costs
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s can't be read, measuring again: %s", path, error)
+    name = _file_name(config, calibration.wing)
+    if (kept := _kept(name)) is not None:
+        return kept
     started = time.monotonic()
     costs = calibration.measure()
     logger.info(
@@ -68,29 +71,43 @@ def calibrate(config: EngineConfig, calibration: Calibration) -> Costs:
         time.monotonic() - started,
         ", ".join(f"{rows}: {1e3 * s:.1f} ms" for rows, s in costs.verify.points.items()),
     )
+    text = json.dumps(costs.to_json(), indent=1)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Another engine may be writing the same.
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(costs.to_json(), indent=1), encoding="utf-8")
-        part.replace(path)
+        keep_file(name, lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         logger.info("the costs can't be kept: %s", error)
     return costs
 
 
-def _cache_path(config: EngineConfig) -> Path:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+def _kept(name: str) -> Costs | None:
+    """The costs that were kept under this name; None if there are none that are of use."""
+    try:
+        path = find_file(name)
+        if path is None:
+            return None
+        text = path.read_bytes()
+    except OSError as error:
+        logger.warning("kept costs can't be read, measuring again: %s", error)
+        return None
+    try:
+        costs = Costs.from_json(json.loads(text))
+    except ValueError as error:
+        logger.warning("%s holds no costs, measuring again: %s", path, error)
+        path.unlink(missing_ok=True)
+        return None
+    logger.info("costs of drafting and verifying: from %s", path)
+    return costs
+
+
+def _file_name(config: EngineConfig, wing: Wing) -> str:
     facts = {
         "config": dataclasses.asdict(config),
-        "device": device,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "device": wing.describe(),
         "versions": [torch.__version__, transformers.__version__],
         "code": code_hash(),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_directory() / f"costs-{key[:16]}.json"
+    return f"costs-{key[:16]}.json"
 
 
 class Calibration:
@@ -108,7 +125,7 @@ class Calibration:
         self._scheduler = scheduler
         self._accept = accept
         model = verifier.model
-        self._device = model.device
+        self.wing = wing_of(model.device)
         self._drafts: list[int] = []
         self._num_made = 0
         self._vocab_size: int = model.config.get_text_config().vocab_size
@@ -138,7 +155,7 @@ class Calibration:
         self._drafts = text[context + 1 :] or text
         sequences: list[Sequence] = []
         try:
-            for _ in range(scheduler.max_num_seqs):
+            for _ in range(min(scheduler.max_num_seqs, _SEQUENCES[-1])):
                 sequence = self._make(text[:context], SamplingParams(temperature=0.0))
                 if not scheduler.pool.grow(sequence, room):
                     break
@@ -214,8 +231,7 @@ class Calibration:
                 before()
                 started = time.perf_counter()
                 run()
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
+                self.wing.synchronize()
                 seconds[key].append(time.perf_counter() - started)
         # The first only warms up.
         return {key: min(each[1:]) for key, each in seconds.items()}

@@ -2,85 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from tandem.checks import (
+    check_bool,
+    check_int,
+    check_known,
+    check_model,
+    from_mapping,
+    is_number,
+    read_object,
+    show,
+)
+from tandem.drafter_config import MODEL_TYPES, NO_DRAFTER, DrafterConfig, parse_drafters
 from tandem.errors import ConfigError
 
-NO_DRAFTER = "none"
-DRAFTER_TYPES = ("causal_lm", "mtp", "ngram")
-_MODEL_TYPES = ("causal_lm", "mtp")
 LOOKAHEADS = ("adaptive", "fixed")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-T = TypeVar("T")
-
-
-def _from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    allowed = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(allowed))
-    if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-        and f.name not in values
-    ]
-    if missing:
-        raise ConfigError(f"{where}: {missing[0]!r} is required")
-    return cls(**values)
-
-
-def _check_int(where: str, name: str, value: object, low: int, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ConfigError(f"{where}: {name} must be a whole number {limits}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class DrafterConfig:
-    """One entry of `EngineConfig.drafters`.
-
-    `type` defaults to the entry's name. `model` is a directory or hub id (types `causal_lm` and
-    `mtp`). The n-gram sizes bound the suffix that type `ngram` looks up; with `num_shared_tokens`
-    it also looks in that many tokens of requests that have ended, whoever sent them.
-    """
-
-    name: str
-    type: str
-    num_speculative_tokens: int = 4
-    model: str | None = None
-    max_ngram_size: int = 32
-    min_ngram_size: int = 2
-    num_shared_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        where = f"drafters.{self.name}"
-        if self.name == NO_DRAFTER:
-            raise ConfigError(f"{where}: the name {NO_DRAFTER!r} is taken by plain decoding")
-        if self.type not in DRAFTER_TYPES:
-            raise ConfigError(
-                f"{where}: unknown type {self.type!r}; known: {', '.join(DRAFTER_TYPES)}"
-            )
-        if "+" in self.name:
-            raise ConfigError(f"{where}: a name can't have a '+', which joins two of them")
-        if self.type in _MODEL_TYPES and not (isinstance(self.model, str) and self.model):
-            raise ConfigError(
-                f"{where}: type {self.type!r} needs 'model', a directory or hub id, "
-                f"got {self.model!r}"
-            )
-        _check_int(where, "num_speculative_tokens", self.num_speculative_tokens, 1, 64)
-        _check_int(where, "min_ngram_size", self.min_ngram_size, 1)
-        _check_int(where, "max_ngram_size", self.max_ngram_size, self.min_ngram_size)
-        _check_int(where, "num_shared_tokens", self.num_shared_tokens, 0)
+# What is above these is a slip of the pen: it would take memory or minutes and gain nothing.
+_MAX_NUM_SEQS = 2**16
+_MAX_TOKENS = 2**24  # of a sequence or a pass
+_MAX_BLOCK_SIZE = 2**16
+_MAX_CACHE_TOKENS = 2**40
+_MAX_SLOWDOWN = 1e6
+_MAX_WEIGHT = 1e9
 
 
 @dataclass(frozen=True)
@@ -141,64 +90,71 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         where = "engine"
-        if not isinstance(self.verifier, str) or not self.verifier:
-            raise ConfigError(f"{where}: verifier must be a directory or hub id")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"{where}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        if self.lookahead not in LOOKAHEADS:
-            raise ConfigError(
-                f"{where}: unknown lookahead {self.lookahead!r}; known: {', '.join(LOOKAHEADS)}"
-            )
-        self._check_rates(where)
-        _check_int(where, "max_num_seqs", self.max_num_seqs, 1)
-        _check_int(where, "block_size", self.block_size, 1)
-        _check_int(where, "max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)
-        for name in ("max_model_len", "kv_cache_tokens"):
-            if getattr(self, name) is not None:
-                _check_int(where, name, getattr(self, name), 2)
+        check_model(where, "verifier", self.verifier)
+        check_known(where, "dtype", self.dtype, DTYPES)
+        check_known(where, "lookahead", self.lookahead, LOOKAHEADS)
+        if not isinstance(self.device, str):
+            raise ConfigError(f"{where}: device must be a string, got {show(self.device)}")
         for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ConfigError(f"{where}: {name} must be true or false, got {value!r}")
+            check_bool(where, name, getattr(self, name))
+        self._check_numbers(where)
+        self._check_drafters(where)
+
+    def _check_numbers(self, where: str) -> None:
+        check_int(where, "max_num_seqs", self.max_num_seqs, 1, _MAX_NUM_SEQS)
+        check_int(where, "block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
+        for name, low, high in (
+            ("max_num_batched_tokens", self.max_num_seqs, _MAX_TOKENS),
+            ("max_model_len", 2, _MAX_TOKENS),
+            ("kv_cache_tokens", 2, _MAX_CACHE_TOKENS),
+        ):
+            if getattr(self, name) is not None or name == "max_num_batched_tokens":
+                check_int(where, name, getattr(self, name), low, high)
         slowdown = self.max_prefill_slowdown
-        if not isinstance(slowdown, (int, float)) or not 1 < slowdown < math.inf:
+        if not is_number(slowdown, 1, _MAX_SLOWDOWN) or slowdown == 1:
             raise ConfigError(
-                f"{where}: max_prefill_slowdown must be a number above 1, got {slowdown!r}"
+                f"{where}: max_prefill_slowdown must be a number above 1 and at most "
+                f"{_MAX_SLOWDOWN:.0f}, got {show(slowdown)}"
             )
         share = self.gpu_memory_utilization
-        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        if not is_number(share, 0, 1) or share == 0:
             raise ConfigError(
-                f"{where}: gpu_memory_utilization must be above 0 and at most 1, got {share!r}"
+                f"{where}: gpu_memory_utilization must be above 0 and at most 1, got {show(share)}"
             )
-        known = ", ".join(self.max_lookaheads)
-        if self.default_drafter is not None and self.default_drafter not in self.max_lookaheads:
-            raise ConfigError(
-                f"{where}: default_drafter {self.default_drafter!r} is not configured; "
-                f"choose from {known}"
-            )
-        for name, weight in dict(self.drafter_weights).items():
-            if name not in self.max_lookaheads:
-                raise ConfigError(
-                    f"{where}: drafter_weights: {name!r} is not configured; choose from {known}"
-                )
-            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not number or not 0 <= weight < math.inf:
-                raise ConfigError(
-                    f"{where}: drafter_weights.{name} must be a number from 0, got {weight!r}"
-                )
-        if self.drafter_weights and not any(self.drafter_weights.values()):
-            raise ConfigError(f"{where}: drafter_weights must not all be 0")
-
-    def _check_rates(self, where: str) -> None:
         rates = self.synthetic_acceptance_rates
-        shares = isinstance(rates, (list, tuple)) and all(
-            isinstance(rate, (int, float)) and 0 <= rate <= 1 for rate in rates
-        )
+        shares = isinstance(rates, (list, tuple)) and all(is_number(rate, 0, 1) for rate in rates)
         if not shares or list(rates) != sorted(rates, reverse=True):
             raise ConfigError(
                 f"{where}: synthetic_acceptance_rates must be shares from 0 to 1, none above the "
-                f"one before, got {rates!r}"
+                f"one before, got {show(rates)}"
             )
+
+    def _check_drafters(self, where: str) -> None:
+        known = list(self.max_lookaheads)
+        default = self.default_drafter
+        if default is not None and default not in known:
+            raise ConfigError(
+                f"{where}: default_drafter {show(default)} is not configured; "
+                f"choose from {', '.join(known)}"
+            )
+        weights = self.drafter_weights
+        if not isinstance(weights, Mapping):
+            raise ConfigError(
+                f"{where}: drafter_weights must map drafters to numbers, got {show(weights)}"
+            )
+        for name, weight in weights.items():
+            if name not in known:
+                raise ConfigError(
+                    f"{where}: drafter_weights: {show(name)} is not configured; "
+                    f"choose from {', '.join(known)}"
+                )
+            if not is_number(weight, 0, _MAX_WEIGHT):
+                raise ConfigError(
+                    f"{where}: drafter_weights.{name} must be a number from 0 to "
+                    f"{_MAX_WEIGHT:.0f}, got {show(weight)}"
+                )
+        if weights and not any(weights.values()):
+            raise ConfigError(f"{where}: drafter_weights must not all be 0")
 
     @cached_property
     def max_lookaheads(self) -> dict[str, int]:
@@ -220,23 +176,13 @@ class EngineConfig:
             (ngram, model)
             for ngram in by_type
             for model in by_type
-            if by_type[ngram] == "ngram" and by_type[model] in _MODEL_TYPES
+            if by_type[ngram] == "ngram" and by_type[model] in MODEL_TYPES
         ]
 
     @cached_property
     def drafter_configs(self) -> dict[str, DrafterConfig]:
         """The drafters by name, parsed."""
-        if not isinstance(self.drafters, Mapping):
-            raise ConfigError(f"engine: drafters must map names to settings, got {self.drafters!r}")
-        parsed = {}
-        for name, settings in self.drafters.items():
-            if not isinstance(settings, Mapping):
-                raise ConfigError(f"drafters.{name}: settings must be an object, got {settings!r}")
-            if "name" in settings:
-                raise ConfigError(f"drafters.{name}: the key is the name; leave 'name' out")
-            values = {"type": name, **settings, "name": name}
-            parsed[name] = _from_mapping(DrafterConfig, values, f"drafters.{name}")
-        return parsed
+        return parse_drafters(self.drafters)
 
     def draft_model(self, drafter: str) -> str | None:
         """The `causal_lm` drafter in a drafter's name, by itself or joined, if there is one."""
@@ -258,24 +204,25 @@ class EngineConfig:
             ConfigError: the file is missing, isn't JSON, or holds an unknown key or bad value.
         """
         path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: must hold a JSON object")
-
-        def resolve(model: Any) -> Any:
-            local = path.parent / model if isinstance(model, str) else None
-            return str(local.resolve()) if local is not None and local.exists() else model
-
+        values = read_object(path)
         if "verifier" in values:
-            values["verifier"] = resolve(values["verifier"])
+            values["verifier"] = _resolve(path.parent, values["verifier"])
         if isinstance(values.get("drafters"), dict):
             values["drafters"] = {
-                name: {**drafter, "model": resolve(drafter["model"])}
+                name: {**drafter, "model": _resolve(path.parent, drafter["model"])}
                 if isinstance(drafter, dict) and "model" in drafter
                 else drafter
                 for name, drafter in values["drafters"].items()
             }
-        return _from_mapping(cls, values, str(path))
+        return from_mapping(cls, values, str(path))
+
+
+def _resolve(directory: Path, model: Any) -> Any:
+    """The path of a model that lies beside a configuration; anything else as it is."""
+    if not isinstance(model, str) or not model:
+        return model
+    local = directory / model
+    try:
+        return str(local.resolve()) if local.exists() else model
+    except OSError:  # too long for a path
+        return model

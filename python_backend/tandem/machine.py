@@ -1,19 +1,10 @@
-"""What this machine is, and where Tandem keeps what it has worked out for it."""
+"""What this machine is, and which Tandem runs on it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from pathlib import Path
-
-import torch
-
-
-def cache_directory() -> Path:
-    """`tandem` in `$XDG_CACHE_HOME` or `~/.cache`; it may not exist yet."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "tandem"
 
 
 def cpu_name() -> str:
@@ -23,12 +14,6 @@ def cpu_name() -> str:
     except OSError:
         return platform.machine()
     return next((line for line in lines if line.startswith("model name")), platform.machine())
-
-
-def has_spare_cores() -> bool:
-    """Whether something can run while torch computes on a CPU, and not hold it up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return torch.get_num_threads() < (cores or 1)
 
 
 def code_hash() -> str:

@@ -99,6 +99,11 @@ class EngineStats:
     # Seconds of each phase when it last ran.
     last: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
+    def note_prefix_cache(self, num_tokens: int, num_cached_tokens: int) -> None:
+        """Counts a prompt that was looked for in the prefix cache, and what was there of it."""
+        self.num_prefix_cache_queries += num_tokens
+        self.num_prefix_cache_hits += num_cached_tokens
+
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Records how long a phase took; on a GPU, what it left running counts to a later one."""

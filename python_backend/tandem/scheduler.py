@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import chain
 
-from tandem.block_pool import BlockPool
-from tandem.lookahead import draft_limit
-from tandem.prompt_budget import NO_LIMITS, PromptLimits
-from tandem.sequence import ScheduledSequence, Sequence
+from tandem.cache.block_pool import BlockPool
+from tandem.lookahead.lookahead import draft_limit
+from tandem.lookahead.prompt_budget import NO_LIMITS, PromptLimits
+from tandem.metrics import EngineLoad
+from tandem.requests.sequence import ScheduledSequence, Sequence
 
 
 class Scheduler:
@@ -35,6 +36,28 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
+
+    @property
+    def live(self) -> list[Sequence]:
+        """Those that run, and those that wait."""
+        return [*self.running, *self.waiting]
+
+    @property
+    def demand(self) -> tuple[int, int]:
+        """How many sequences decode, and how many have prompts to compute."""
+        num_decoding = sum(s.is_decoding for s in self.running)
+        return num_decoding, len(self.running) + len(self.waiting) - num_decoding
+
+    @property
+    def load(self) -> EngineLoad:
+        """What is held right now."""
+        return EngineLoad(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_blocks=self.pool.num_blocks,
+            num_blocks_used=self.pool.num_used,
+            num_preemptions=self.num_preemptions,
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Puts a new sequence at the end of the queue."""
@@ -110,4 +133,4 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Recounts the pool; see `BlockPool.check_integrity`."""
-        self.pool.check_integrity([*self.running, *self.waiting])
+        self.pool.check_integrity(self.live)

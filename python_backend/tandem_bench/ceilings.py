@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tandem.packing import can_pack
+from tandem.cpu.packing import can_pack
 from tandem_bench.figures import median
 from tandem_bench.noise import foreign_share, read_rate
 from tandem_bench.settings import Settings, bar

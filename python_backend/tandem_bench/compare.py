@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 
-from bench_peers import VENV as VLLM_VENV
-from bench_peers import iomp, tcmalloc
 from tandem import EngineConfig
 from tandem_bench.figures import Trace, agreement, summary
+from tandem_bench.install_peers import VENV as VLLM_VENV
+from tandem_bench.install_peers import iomp, tcmalloc
 from tandem_bench.noise import cpu_seconds, undisturbed
 from tandem_bench.settings import Bar, Settings, bar, turned
 from tandem_bench.worker import Worker, WorkerError

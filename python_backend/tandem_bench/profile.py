@@ -29,7 +29,7 @@ from torch.nn.modules.module import (
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tandem import Engine, SamplingParams
-from tandem.kernels import AttentionKernel, LikeliestToken
+from tandem.cpu.kernels import AttentionKernel, LikeliestToken
 from tandem.metrics import EngineStats
 from tandem_bench.noise import foreign_share, read_rate
 from tandem_bench.settings import Settings, bar

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tandem_bench import invariance, lookahead, plots, prompts, tables
+from tandem_bench import invariance, lookahead, mechanism_tables, plots, prompts, tables
 from tandem_bench.results import read
 from tandem_bench.workload import ROOT
 
@@ -19,6 +19,7 @@ _PARTS: dict[str, tuple[str, Callable[[tables.Cells], str]]] = {
     "triton": ("Through Triton", tables.triton),
     "lookahead": ("The adaptive lookahead against every fixed one", lookahead.summary),
     "noise": ("Guesses under shared noise against the likeliest", lookahead.noise_summary),
+    "mechanisms": ("What each mechanism for a CPU brings", mechanism_tables.summary),
     "invariance": ("The same answers whatever else is in the batch", invariance.summary),
     "prompts": ("Long prompts and shared ones", prompts.summary),
     "growth": ("Growth", tables.growth),

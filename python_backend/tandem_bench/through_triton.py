@@ -25,8 +25,8 @@ from tandem_bench.settings import Settings, bar, turned
 from tandem_bench.turns import Load, in_turns
 from tandem_bench.worker import Worker, WorkerError
 from tandem_bench.workload import ROOT, repeat_to_fill
-from triton_runtime import TRITON
-from triton_server import TritonServer
+from tandem_runtime.server import TritonServer
+from tandem_runtime.triton import TRITON
 
 PART = "triton"
 _LOGS = ROOT / ".bench"

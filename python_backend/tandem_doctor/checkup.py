@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem import Engine, SamplingParams
-from tandem.diagnosis import Finding, Speedup, best_speedup
 from tandem.errors import ConfigError
-from tandem.lookahead import AdaptiveLookahead
+from tandem.lookahead.adaptive import AdaptiveLookahead
+from tandem.lookahead.diagnosis import Finding, Speedup, best_speedup
 from tandem.metrics import DrafterStats
 
 # A few of each kind of text; a user's own prompts say more.

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from tandem import Engine, EngineConfig, TandemError
-from tandem.config import NO_DRAFTER
+from tandem.drafter_config import NO_DRAFTER
 from tandem_doctor.checkup import PROMPTS, TEMPERATURES, Checkup, check
 
 OK, FAILED, INTERRUPTED = 0, 1, 130

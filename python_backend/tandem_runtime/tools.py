@@ -10,13 +10,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tandem_runtime.bootstrap import lock
+from tandem_runtime.paths import ROOT
+
 FOLDER = ROOT / ".tools"
 BIN = FOLDER / "bin"
 
@@ -200,3 +203,14 @@ def _complaint(errors: str) -> str:
     """The first error that apt names, or else the first line."""
     lines = [*errors.strip().splitlines(), ""]
     return next((line for line in lines if line.startswith("E: ")), lines[0])
+
+
+def main() -> int:
+    """Fetches what is missing and returns the exit status, 0 also where a tool can't be had."""
+    try:
+        with lock():
+            fetch_all()
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from tandem import Engine, EngineConfig, SamplingParams
-from tandem.config import NO_DRAFTER
-from tandem.sequence import ScheduledSequence
-from tandem.verifier import VerifierOutput
+from tandem.drafter_config import NO_DRAFTER
+from tandem.models.verifier import VerifierOutput
+from tandem.requests.sequence import ScheduledSequence
 
 DRAFTER = "drafter"
 

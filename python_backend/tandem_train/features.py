@@ -24,7 +24,7 @@ class Visible:
     """Which keys a row of queries may read: query i stands at position `start + i`.
 
     The verifier's queries see themselves (`causal`). An assistant's don't: the last known token has
-    no K/V yet. Its window is as wide as serving's, see `tandem.attention`.
+    no K/V yet. Its window is as wide as serving's, see `tandem.models.attention`.
     """
 
     start: int

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from tandem import Engine, EngineConfig, SamplingParams
 from tandem.errors import ConfigError
-from tandem.loading import load_tokenizer
-from tandem.sequence import FinishReason, Sequence
+from tandem.models.checkpoint import load_tokenizer
+from tandem.requests.sequence import FinishReason, Sequence
 from tandem_train.corpus import Corpus, TrainingText
 from tandem_train.openings import opening
 

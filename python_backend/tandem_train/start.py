@@ -22,7 +22,7 @@ from tandem.drafters.assistant import (
     layers_config,
 )
 from tandem.errors import ConfigError
-from tandem.loading import load_model
+from tandem.models.checkpoint import load_model
 from tandem_train.corpus import TrainingText
 from tandem_train.features import DENSE_ATTENTION, Recorder, verifier_states
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from tandem.drafters.assistant import Assistant
 from tandem.errors import ConfigError
-from tandem.loading import load_model, resolve
+from tandem.models.checkpoint import load_model
+from tandem.models.loading import resolve
 from tandem_train.corpus import TrainingText
 from tandem_train.features import DENSE_ATTENTION, Features, FeatureStore
 from tandem_train.plot import plot

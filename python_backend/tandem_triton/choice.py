@@ -13,8 +13,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tandem import Delta, Sequence
-from tandem.options import RequestOptions
-from tandem.outputs import output_text, shown_ids
+from tandem.requests.options import RequestOptions
+from tandem.requests.outputs import output_text, shown_ids
 from tandem_triton.metrics import MetricsExporter
 
 

@@ -9,12 +9,16 @@ from jinja2 import TemplateError
 
 from tandem import InvalidRequestError
 from tandem.errors import shorten
+from tandem.requests.limits import TextLimits
 
 PROMPT_INPUTS = ("text_input", "input_ids", "messages")
 
 
-def read_prompt(request: Any, tokenizer: Any) -> str | list[int]:
+def read_prompt(request: Any, tokenizer: Any, limits: TextLimits) -> str | list[int]:
     """The prompt, as text if it was given as text and else as token ids.
+
+    Args:
+        limits: bounds what is parsed and rendered.
 
     Raises:
         InvalidRequestError: naming the input, or all of them if there isn't exactly one.
@@ -26,15 +30,29 @@ def read_prompt(request: Any, tokenizer: Any) -> str | list[int]:
             f"a request needs exactly one of {', '.join(PROMPT_INPUTS)}, got "
             + (" and ".join(given) or "none")
         )
-    value = read_tensor(tensors[given[0]])
     if given == ["input_ids"]:
-        return value if isinstance(value, list) else [value]
+        return _read_ids(tensors["input_ids"])
+    value = read_tensor(tensors[given[0]])
     if not isinstance(value, str):
         raise InvalidRequestError(f"{given[0]} must hold one string, got {len(value)} elements")
     if given == ["text_input"]:
         return value
     tools = read_tensor(tensors["tools"]) if "tools" in tensors else "null"
-    return render(_json("messages", value), _json("tools", tools), tokenizer)
+    limits.check_json("messages", value)
+    limits.check_json("tools", tools)
+    messages = _json("messages", value)
+    limits.check_count("messages", len(messages) if isinstance(messages, list) else 0)
+    return render(messages, _json("tools", tools), tokenizer)
+
+
+def _read_ids(tensor: Any) -> list[int]:
+    ids = tensor.as_numpy()
+    if ids.ndim > 1 and ids.shape[0] != 1:
+        raise InvalidRequestError(
+            f"input_ids has the shape {list(ids.shape)}: send each prompt as a request of its own"
+        )
+    token_ids: list[int] = ids.reshape(-1).tolist()
+    return token_ids
 
 
 def render(messages: Any, tools: Any, tokenizer: Any) -> list[int]:
@@ -59,7 +77,7 @@ def render(messages: Any, tools: Any, tokenizer: Any) -> list[int]:
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise InvalidRequestError(
-            f"the chat template refuses these messages: {str(error)[:300]}"
+            f"the chat template refuses these messages: {str(error)[:200]}"
         ) from error
     return token_ids
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton_python_backend_utils as pb_utils
 
 from tandem import Engine
-from tandem.diagnosis import ADVICE, Finding
+from tandem.lookahead.diagnosis import ADVICE, Finding
 from tandem.metrics import DrafterStats
 
 logger = logging.getLogger("tandem")

@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any
 
@@ -24,7 +25,7 @@ from tandem import (
     Sequence,
     TandemError,
 )
-from tandem.options import NAMES, RequestOptions, parse_json, parse_options, with_bias
+from tandem.requests.options import NAMES, RequestOptions, parse_json, parse_options, with_bias
 from tandem_triton.choice import Choice, output_tensor
 from tandem_triton.inputs import read_prompt, read_tensor
 from tandem_triton.metrics import MetricsExporter
@@ -33,6 +34,8 @@ logger = logging.getLogger("tandem")
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MAX_SEED = 2**64 - 1
+# Of what a client sent, answers and the log repeat no more.
+_MAX_MESSAGE, _MAX_ID = 2000, 128
 
 
 class Request:
@@ -48,8 +51,7 @@ class Request:
         timeout = request.timeout()  # microseconds, 0 for none
         self._deadline = arrived_at + timeout / 1e6 if timeout else float("inf")
         self._arrived_at = self._asked_at = arrived_at
-        self._id = request.request_id()
-        self._trace_id = trace_id(request)
+        self._id = self._trace_id = ""
 
     def read(self, request: Any, engine: Engine) -> list[Sequence]:
         """Makes the sequences that the request asks for.
@@ -59,11 +61,13 @@ class Request:
         """
         assert engine.tokenizer is not None
         self._engine = engine
+        self._id = _sent("the request's id", request.request_id)
+        self._trace_id = trace_id(request)
         self._options = options = _options(request)
-        prompt = read_prompt(request, engine.tokenizer)
+        prompt = read_prompt(request, engine.tokenizer, engine.text_limits)
+        engine.text_limits.check_text("embedding_bias_words", "".join(options.embedding_bias_words))
         params = with_bias(options.params, _word_bias(options, engine.tokenizer))
-        echo = "" if isinstance(prompt, str) else str(engine.tokenizer.decode(prompt))
-        drafter = options.drafter
+        drafter, echo = options.drafter, prompt if isinstance(prompt, str) else ""
         for index in range(options.n):
             sequence = engine.make_sequence(
                 prompt,
@@ -76,12 +80,14 @@ class Request:
                 params = dataclasses.replace(params, seed=sequence.seed)
             elif options.n > 1:
                 sequence.seed = (sequence.seed + index) & _MAX_SEED
-            drafter = sequence.drafter  # one that was drawn is drawn for all
+            # What was drawn is drawn for all, and what was tokenized is not tokenized again.
+            drafter, prompt = sequence.drafter, sequence.token_ids
             choice = Choice(
                 index, sequence, engine.tokenizer, engine.config.block_size, self._arrived_at
             )
             if not options.exclude_input_in_output:
-                choice.text = prompt if isinstance(prompt, str) else echo
+                echo = echo or str(engine.tokenizer.decode(sequence.token_ids))
+                choice.text = echo
             self._choices[sequence] = choice
         return list(self._choices)
 
@@ -111,9 +117,10 @@ class Request:
         self._metrics.count("request_failure_total", reason=reason)
         # Within a gRPC stream Triton passes the text on, but not the code.
         code = getattr(pb_utils.TritonError, error.code)
-        triton_error = pb_utils.TritonError(f"{error.code}: {error}", code)
+        message = str(error)[:_MAX_MESSAGE]
+        triton_error = pb_utils.TritonError(f"{error.code}: {message}", code)
         self._send(pb_utils.InferenceResponse(error=triton_error), _FINAL)
-        self._log_end(reason, error=str(error))
+        self._log_end(reason, error=message)
 
     @property
     def streams(self) -> bool:
@@ -176,7 +183,7 @@ class Request:
         first = next(iter(self._choices), None)
         entry = {
             "event": "request",
-            "request_id": self._id,
+            "request_id": self._id[:_MAX_ID],
             "trace_id": self._trace_id,
             "outcome": outcome,
             "seconds": round(time.monotonic() - self._arrived_at, 4),
@@ -213,11 +220,23 @@ def trace_id(request: Any) -> str:
     Empty if there is none. The format is W3C's: version-trace-parent-flags. The header comes first:
     in one of a hundred requests over gRPC, Triton 2.51 reads it wrongly and begins another trace.
     """
-    for context in (request.parameters(), request.trace().get_context()):
-        parts = str(json.loads(context or "{}").get("traceparent", "")).split("-")
-        if len(parts) == 4:
+    for context in (_parameters(request), json.loads(request.trace().get_context() or "{}")):
+        parts = str(context.get("traceparent", "")).split("-")
+        if len(parts) == 4 and len(parts[1]) == 32:
             return parts[1]
     return ""
+
+
+def _sent(what: str, read: Callable[[], str]) -> str:
+    """A text that the client sent beside its tensors."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{what} is not valid UTF-8: {error}") from None
+
+
+def _parameters(request: Any) -> dict[str, Any]:
+    return dict(parse_json("parameters", _sent("a parameter", request.parameters) or "{}"))
 
 
 def _options(request: Any) -> RequestOptions:
@@ -229,7 +248,7 @@ def _options(request: Any) -> RequestOptions:
             tensors[name] = read_tensor(tensor)
     parameters = {
         name: value
-        for name, value in json.loads(request.parameters() or "{}").items()
+        for name, value in _parameters(request).items()
         # The server's own, and headers that it forwards.
         if not name.startswith("triton_") and name not in ("id", "traceparent")
     }

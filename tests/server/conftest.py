@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from local_fleet import Pod
+from repositories import MAX_MODEL_LEN, SETTINGS, write_repository
 from tandem import Engine, EngineConfig
+from tandem_fleet.local import Pod
+from tandem_runtime.server import TritonServer
 from tiny_models import save_verifier
-from triton_server import TritonServer
 
-ROOT = Path(__file__).resolve().parents[2]
-MAX_MODEL_LEN = 16000
 CHAT_TEMPLATE = (
     "{% if tools %}tools: {% for tool in tools %}{{ tool.name }}{% endfor %}{% endif %}"
     "{% for message in messages %}"
@@ -26,38 +25,6 @@ CHAT_TEMPLATE = (
     "<turn>{{ message.role }}:{{ message.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<turn>assistant:{% endif %}"
 )
-SETTINGS: dict[str, Any] = {
-    "dtype": "float32",
-    "device": "cpu",
-    "drafters": {"ngram": {"num_speculative_tokens": 4, "min_ngram_size": 1}},
-    "max_num_seqs": 8,
-    "max_model_len": MAX_MODEL_LEN,
-    "lookahead": "fixed",
-    "enforce_eager": True,
-}
-
-
-def write_repository(
-    directory: Path,
-    verifier: Path,
-    name: str = "tandem",
-    max_queue_size: int = 128,
-    max_batch_size: int = 8,
-    **settings: Any,
-) -> Path:
-    """Adds a model to a repository: the published configuration, with a tiny verifier."""
-    version = directory / name / "1"
-    version.mkdir(parents=True)
-    config = (ROOT / "model_repository/tandem/config.pbtxt").read_text()
-    config = config.replace('name: "tandem"', f'name: "{name}"')
-    config = config.replace('string_value: "128"', f'string_value: "{max_queue_size}"')
-    config = config.replace("max_batch_size: 8", f"max_batch_size: {max_batch_size}")
-    # Triton's own parameter, shortened so that the test of it needn't wait.
-    config += '\nparameters { key: "drain_seconds" value { string_value: "1" } }\n'
-    (version.parent / "config.pbtxt").write_text(config)
-    model = {"verifier": str(verifier), **SETTINGS, **settings}
-    (version / "model.json").write_text(json.dumps(model))
-    return directory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

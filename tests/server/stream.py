@@ -13,7 +13,7 @@ import numpy as np
 import requests
 import tritonclient.grpc as grpcclient
 
-from triton_server import TritonServer
+from tandem_runtime.server import TritonServer
 
 TIMEOUT = 60
 COUNTS = ("num_output_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens")

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpcclient
-from stream import TIMEOUT
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
+from stream import TIMEOUT
 from tandem import Engine, SamplingParams
-from triton_runtime import ROOT
-from triton_server import TritonServer
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import TritonServer
 
 PROMPT = "one two three"
 COMMON: dict[str, Any] = {"temperature": 1.0, "max_tokens": 24, "seed": 5}

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import requests
-from stream import TIMEOUT, Stream, metric, wait_until
 
+from stream import TIMEOUT, Stream, metric, wait_until
 from tandem import Engine, SamplingParams
-from triton_server import EXIT_TIMEOUT_SECONDS, ServerError, TritonServer
+from tandem_runtime.server import EXIT_TIMEOUT_SECONDS, ServerError, TritonServer
 
 SHUTTING_DOWN = "UNAVAILABLE: the server is shutting down"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40}
@@ -176,19 +176,19 @@ def test_a_full_queue_refuses_and_nothing_hangs(server: TritonServer, engine: En
 
 def test_the_blocks_of_a_killed_client_come_back(server: TritonServer) -> None:
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from types import SimpleNamespace\n"
         "from stream import Stream\n"
-        "stream = Stream(SimpleNamespace(grpc_url=sys.argv[3]))\n"
+        "stream = Stream(SimpleNamespace(grpc_url=sys.argv[2]))\n"
         f"stream.send('a', 'a long story', max_tokens={15000}, temperature=0.0, ignore_eos=True)\n"
         "stream.events.get(timeout=60)\n"
         "print('streaming', flush=True)\n"
         "stream.events.join()\n"
         "import time; time.sleep(600)\n"
     )
-    paths = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "scripts")]
     client = subprocess.Popen(
-        [sys.executable, "-c", code, *paths, server.grpc_url], stdout=subprocess.PIPE
+        [sys.executable, "-c", code, str(Path(__file__).parent), server.grpc_url],
+        stdout=subprocess.PIPE,
     )
     assert client.stdout is not None
     with client.stdout:

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from stream import metric, wait_until
 
 import tandem_client
+from stream import metric, wait_until
 from tandem_client import AsyncClient, Client, Options, RequestError, RequestTimeoutError
 from tandem_client.cli import main
-from triton_server import EXIT_TIMEOUT_SECONDS, TritonServer
+from tandem_runtime.server import EXIT_TIMEOUT_SECONDS, TritonServer
 
 # In the foreground, and as a script's background job, which starts with SIGINT ignored.
 SHELLS = [[], ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]]

@@ -21,13 +21,13 @@ import pytest
 import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from stream import TIMEOUT, Stream, metric, wait_until
 
-from conftest import write_repository
+from repositories import write_repository
+from stream import TIMEOUT, Stream, metric, wait_until
 from tandem import Engine, SamplingParams
-from tandem.options import NAMES
-from triton_runtime import ROOT
-from triton_server import TritonServer
+from tandem.requests.options import NAMES
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import TritonServer
 
 NUM_HOSTILE = 2000
 GOOD: dict[str, Any] = {"temperature": 0.0, "max_tokens": 30}
@@ -193,11 +193,11 @@ def test_invalid_utf8_in_every_text(server: TritonServer) -> None:
 
 CLIENT = """
 import random, sys, time
-sys.path[:0] = sys.argv[1:3]
+sys.path.insert(0, sys.argv[1])
 from types import SimpleNamespace
 from stream import Stream
-stream = Stream(SimpleNamespace(grpc_url=sys.argv[3]))
-for number in range(int(sys.argv[4])):
+stream = Stream(SimpleNamespace(grpc_url=sys.argv[2]))
+for number in range(int(sys.argv[3])):
     stream.send(str(number), "a prompt " * (1 + 400 * (number % 2)), max_tokens=12000,
                 ignore_eos=True, temperature=0.0)
 print("sent", flush=True)
@@ -206,9 +206,9 @@ time.sleep(60)
 
 
 def start_client(server: TritonServer, num_requests: int) -> subprocess.Popen[bytes]:
-    paths = [str(ROOT / "tests" / "server"), str(ROOT / "scripts")]
+    folder = str(ROOT / "tests" / "server")
     return subprocess.Popen(
-        [sys.executable, "-c", CLIENT, *paths, server.grpc_url, str(num_requests)],
+        [sys.executable, "-c", CLIENT, folder, server.grpc_url, str(num_requests)],
         stdout=subprocess.PIPE,
     )
 

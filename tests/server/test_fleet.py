@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -15,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from stream import Stream, metric, wait_until
 
-from local_fleet import Envoy, Pod, container
+from stream import Stream, metric, wait_until
 from tandem_client import AsyncClient, Client, ServerUnavailableError, TandemClientError
+from tandem_fleet.local import Envoy, Pod, container
 
 pytestmark = pytest.mark.slow
 
@@ -192,8 +193,25 @@ def test_a_full_server_is_live_and_ready_and_refuses_clearly(
 def test_only_the_pod_itself_may_drain(pods: list[Pod]) -> None:
     address = ("127.0.0.1", pods[0].health_port)
     with socket.create_connection(address, timeout=5, source_address=("127.0.0.2", 0)) as peer:
-        peer.sendall(b"GET /drain HTTP/1.0\r\n\r\n")
+        peer.sendall(b"POST /drain HTTP/1.0\r\nSec-Tandem-Drain: 1\r\n\r\n")
         assert b" 403 " in peer.recv(1000)
+    assert pods[0].probe("/drain") == 405
+    assert requests.post(f"{pods[0].health_url}/drain", timeout=5).status_code == 403
     assert pods[0].probe("/ready") == 200
     with suppress(requests.RequestException):
         assert requests.get(f"{pods[0].health_url}/else", timeout=5).status_code == 404
+
+
+@pytest.mark.parametrize("chunk", [10, 4_000_100])
+def test_a_body_that_kills_a_triton_does_not_reach_one(
+    pods: list[Pod], envoy: Envoy, chunk: int
+) -> None:
+    body = json.dumps({"text_input": "a" * 4_000_000}).encode()
+    pieces = (body[at : at + chunk] for at in range(0, len(body), chunk))
+    url = f"{envoy.http_url}/v2/models/tandem/generate"
+    # Refused while it is sent: the answer may be lost on the way.
+    with suppress(requests.ConnectionError):
+        assert requests.post(url, data=pieces, timeout=30).status_code == 413
+    good = {"text_input": "a good one", "max_tokens": 3, "ignore_eos": True}
+    assert requests.post(url, json=good, timeout=30).status_code == 200
+    assert all(pod.server.is_running() for pod in pods)

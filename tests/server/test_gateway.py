@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -9,22 +10,25 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import requests
 from openai import OpenAI
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from stream import TIMEOUT, metric, wait_until
 
+from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
-from triton_runtime import ROOT
-from triton_server import TritonServer
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import TritonServer
 
 KEY = "secret"
 PROMPT = "one two three"
@@ -41,7 +45,7 @@ def gateway(server: TritonServer, model: str, *options: str, keys: str = "") -> 
     command = [sys.executable, "-m", "tandem_gateway.cli", "--url", server.grpc_url]
     process = subprocess.Popen(
         [*command, "--model", model, "--port", str(port), *options],
-        env={**os.environ, "TANDEM_API_KEYS": keys},
+        env={**os.environ, **({"TANDEM_API_KEYS": keys} if keys else {})},
     )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -304,7 +308,7 @@ def test_an_absent_server_is_unavailable() -> None:
 def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
     """A text is continued in headless Chromium, by the default models; accepted text is tinted.
 
-    It writes the README's screenshot when SCREENSHOT=1.
+    It writes the documentation's screenshot when SCREENSHOT=1.
     """
     options = webdriver.ChromeOptions()
     options.binary_location = find_tool("chromium")
@@ -327,3 +331,39 @@ def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
         assert not browser.find_elements(By.CSS_SELECTOR, ".message.error")
         if os.environ.get("SCREENSHOT"):
             browser.save_screenshot(SCREENSHOT)
+
+
+@pytest.mark.slow
+def test_streams_end_when_the_models_process_is_killed(private_repository: Path) -> None:
+    """Within five seconds; Triton itself leaves them open and says that it is ready."""
+    with TritonServer(private_repository) as server, gateway(server, "tandem") as url:
+        body = {"model": "tandem", "prompt": "x", "max_tokens": 15000, "ignore_eos": True}
+        with requests.post(
+            f"{url}/v1/completions", json={**body, "stream": True}, stream=True, timeout=TIMEOUT
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for child in psutil.Process(server.pid).children(recursive=True):
+                if "stub" in child.name():
+                    child.kill()
+            killed_at = time.monotonic()
+            *_, last = [line for line in lines if line]
+            assert time.monotonic() - killed_at < 5
+        assert (
+            "the model's process is dead" in json.loads(last[len(b"data: ") :])["error"]["message"]
+        )
+        wait_until(lambda: requests.get(f"{url}/health", timeout=TIMEOUT).status_code == 503, 7)
+        answer = requests.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT)
+        assert answer.status_code == 503
+
+
+def test_pings_count_as_no_requests(server: TritonServer) -> None:
+    from tandem_client import AsyncClient
+
+    async def ask() -> bool:
+        async with AsyncClient(server.grpc_url) as client:
+            return all([await client.is_ready() for _ in range(5)])
+
+    before = metric(server, "request_failure_total")
+    assert asyncio.run(ask())
+    assert metric(server, "request_failure_total") == before

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import requests
 import tritonclient.grpc as grpcclient
-from stream import TIMEOUT, metric, wait_until
-from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text_of
 from tritonclient.utils import InferenceServerException
 
+from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, Guide
-from tandem.options import NAMES
-from triton_runtime import ROOT
-from triton_server import TritonServer
+from tandem.requests.options import NAMES
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import TritonServer
+from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text_of
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM")
 
@@ -239,14 +239,14 @@ def test_guides_over_http(server: TritonServer) -> None:
 
 
 def documented() -> Iterator[str]:
-    """The names in the first column of the README's tables of a request."""
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Requests") : text.index("## Metrics")]
+    """The names in the first column of the tables of a request."""
+    text = (ROOT / "docs/requests.md").read_text()
+    section = text[text.index("## Inputs") : text.index("## Errors")]
     for line in section.splitlines():
         if line.startswith("| `"):
             yield from re.findall(r"`(\w+)`", line.split("|")[1])
 
 
-def test_the_readme_lists_what_there_is() -> None:
+def test_the_documentation_lists_what_there_is() -> None:
     expected = {*KINDS, *declared("output"), *NAMES}
     assert sorted(set(documented())) == sorted(expected)

@@ -1,4 +1,4 @@
-"""What requests leave on `/metrics`, and that the README lists it."""
+"""What requests leave on `/metrics`, and that docs/metrics.md lists it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import re
 
 import pytest
 import requests
-from stream import TIMEOUT, metric, wait_until
-from tensors import COMMON, ask
 from tritonclient.utils import InferenceServerException
 
-from triton_runtime import ROOT
-from triton_server import TritonServer
+from stream import TIMEOUT, metric, wait_until
+from tandem_runtime.paths import ROOT
+from tandem_runtime.server import TritonServer
+from tensors import COMMON, ask
 
 
-def test_the_readme_lists_the_metrics(server: TritonServer) -> None:
+def test_the_documentation_lists_the_metrics(server: TritonServer) -> None:
     ask(server, **{**COMMON, "ignore_eos": True, "temperature": 0.0, "max_tokens": 60})
     with pytest.raises(InferenceServerException):
         ask(server, top_p=2.0)
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Metrics") : text.index("## Configuration")]
-    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    text = (ROOT / "docs/metrics.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
     expected = {
         name: set(re.findall(r"`(\w+)`", labels))
         for names, labels in rows

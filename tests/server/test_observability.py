@@ -17,11 +17,11 @@ import psutil
 import pytest
 import requests
 import yaml
-from stream import wait_until
 
-from local_fleet import Pod, free_ports
+from stream import wait_until
 from tandem_client import Client, TandemClientError
-from triton_runtime import ROOT
+from tandem_fleet.local import Pod, free_ports
+from tandem_runtime.paths import ROOT
 
 pytestmark = pytest.mark.slow
 

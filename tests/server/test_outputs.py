@@ -6,11 +6,11 @@ import json
 import re
 
 import pytest
-from stream import TIMEOUT, metric, wait_until
-from tensors import COMMON, PROMPT, ask, declared, offline, text_of
 
+from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
-from triton_server import TritonServer
+from tandem_runtime.server import TritonServer
+from tensors import COMMON, PROMPT, ask, declared, offline, text_of
 
 
 def test_the_prompt_comes_back_on_request(server: TritonServer, engine: Engine) -> None:

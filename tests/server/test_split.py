@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from stream import TIMEOUT, Stream, metric, wait_until
 
-from triton_server import TritonServer
+from stream import TIMEOUT, Stream, metric, wait_until
+from tandem_runtime.server import TritonServer
 
 NUM_REQUESTS = 1000
 AT_ONCE = 100

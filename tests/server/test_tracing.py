@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import requests
-from stream import wait_until
 
-from local_fleet import Pod, free_ports
+from stream import wait_until
+from tandem_fleet.local import Pod, free_ports
 
 pytestmark = pytest.mark.slow
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
+from tandem.cache.kv_cache import CacheStandIn
 from tandem.errors import DrafterMismatchError
-from tandem.kv_cache import CacheStandIn
 
 MODEL_TYPE = "tandem_assistant"
 # Parts of a verifier's layers that need more than K/V and hidden states, as Gemma 4 names them.

@@ -12,12 +12,12 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tandem.attention import PackedBatch, Span
-from tandem.drafters import Drafter, DraftRequest, GoesOn, always
-from tandem.kv_cache import KVCache
-from tandem.packed_pass import packed_logits
-from tandem.sampling import Draw, guess
-from tandem.sequence import Draft, ScheduledSequence, Sequence
+from tandem.cache.kv_cache import KVCache
+from tandem.drafters.drafter import Drafter, DraftRequest, GoesOn, always
+from tandem.models.attention import PackedBatch, Span
+from tandem.models.packed_pass import packed_logits
+from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
+from tandem.sampling.sample import Draw, guess
 
 
 class _Part(NamedTuple):

@@ -6,9 +6,9 @@ from collections.abc import Sequence as Items
 
 from torch import Tensor
 
-from tandem.drafters import Drafter, DraftRequest, GoesOn, always
+from tandem.drafters.drafter import Drafter, DraftRequest, GoesOn, always
 from tandem.drafters.ngram import NgramDrafter, copy
-from tandem.sequence import Draft, ScheduledSequence, Sequence
+from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
 
 # A match of this many tokens is rarely chance; a model is better than shorter ones.
 _MIN_MATCH = 5

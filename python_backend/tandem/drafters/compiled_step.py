@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
-
 import torch
 from torch import Tensor, nn
 
-from tandem.attention import PackedBatch, Span
+from tandem.cache.kv_cache import KVCache
 from tandem.drafters.assistant import Assistant, SharedKV
-from tandem.graph import (
-    EXAMPLE_TABLES,
-    Graph,
-    GraphBatch,
-    check_compiled,
-    try_to_compile,
-)
-from tandem.kernels import Operators
-from tandem.kv_cache import CacheStandIn, KVCache
-
-
-class _GraphKV(CacheStandIn):
-    """Stands in for a `SharedKV` while a graph is made of a step."""
-
-    def __init__(self, source_layers: Items[int]) -> None:
-        self._source_layers = source_layers
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """What stands in the graph for the verifier's layer that this one reads."""
-        layer = torch.full((), self._source_layers[layer_idx])
-        return layer, layer
+from tandem.models.attention import PackedBatch, Span
+from tandem.wing import Compiler, wing_of
 
 
 class _Step(nn.Module):
     """One guess further, of tensors alone."""
 
-    def __init__(self, assistant: Assistant) -> None:
+    def __init__(self, assistant: Assistant, compiler: Compiler) -> None:
         super().__init__()
         self.assistant = assistant
+        self._compiler = compiler
         # The assistant doesn't own it; whoever makes a graph has to find it.
         self.embed = assistant.embed
 
@@ -52,8 +30,8 @@ class _Step(nn.Module):
             token_ids,
             hidden,
             positions,
-            _GraphKV(config.source_layers),
-            packed=GraphBatch(spans, tables, causal=False),
+            self._compiler.reader(config.source_layers),
+            packed=self._compiler.batch(spans, tables, causal=False),
         )
         return state, self.assistant.head(state)
 
@@ -62,20 +40,20 @@ class CompiledStep:
     """An assistant's step with its head."""
 
     def __init__(
-        self, assistant: Assistant, shared: SharedKV, cache: KVCache, operators: Operators
+        self, assistant: Assistant, shared: SharedKV, cache: KVCache, compiler: Compiler
     ) -> None:
         """Makes the graph and compares it with the assistant.
 
         Args:
             shared: the verifier's K/V, which lie in `cache`.
-            operators: with the assistant's weights and the cache.
+            compiler: with the assistant's weights and the cache.
 
         Raises:
             UnsupportedModelError: the graph computes something else.
         """
         length = cache.block_size + 1
         packed = PackedBatch(
-            [Span(1, length, table) for table in EXAMPLE_TABLES],
+            [Span(1, length, table) for table in compiler.example_tables],
             cache.block_size,
             assistant.dtype,
             assistant.device,
@@ -87,10 +65,10 @@ class CompiledStep:
         expected = assistant(token_ids, hidden, positions, shared, packed=packed)
         assert assistant.head is not None
         inputs = [token_ids, hidden, positions, *packed.spans()]
-        self._graph = Graph(_Step(assistant), inputs, operators)
+        self._graph = compiler.graph(_Step(assistant, compiler), inputs)
         state, logits = self._graph(*inputs)
-        check_compiled(state, expected)
-        check_compiled(logits, assistant.head(expected))
+        compiler.check(state, expected)
+        compiler.check(logits, assistant.head(expected))
 
     def __call__(
         self, token_ids: Tensor, hidden: Tensor, positions: Tensor, packed: PackedBatch
@@ -102,6 +80,6 @@ class CompiledStep:
 
 def compile_step(assistant: Assistant, shared: SharedKV, cache: KVCache) -> CompiledStep | None:
     """Compiles an assistant's step; None where that can't be done."""
-    return try_to_compile(
-        lambda operators: CompiledStep(assistant, shared, cache, operators), assistant, cache
+    return wing_of(assistant.device).compiled(
+        lambda compiler: CompiledStep(assistant, shared, cache, compiler), assistant, cache
     )

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tandem.attention import ATTENTION, PackedBatch, Span
-from tandem.drafters import Drafter, DraftRequest, GoesOn, always
+from tandem.cache.kv_cache import KVCache
 from tandem.drafters.assistant import Assistant, SharedKV, check_fingerprint
 from tandem.drafters.compiled_step import compile_step
+from tandem.drafters.drafter import Drafter, DraftRequest, GoesOn, always
 from tandem.errors import DrafterMismatchError
-from tandem.kv_cache import KVCache
-from tandem.sampling import Draw, Guess, guess
-from tandem.sequence import Draft, Sequence
+from tandem.models.attention import ATTENTION, PackedBatch, Span
+from tandem.requests.sequence import Draft, Sequence
+from tandem.sampling.sample import Draw, Guess, guess
 
 
 def source_layers(verifier: PreTrainedModel, cache: KVCache) -> dict[str, int]:

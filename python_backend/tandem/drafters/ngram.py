@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
-from tandem.drafters import Drafter, DraftRequest, GoesOn, always
-from tandem.sequence import Draft, Sequence
+from tandem.drafters.drafter import Drafter, DraftRequest, GoesOn, always
+from tandem.requests.sequence import Draft, Sequence
 
 # How many of a suffix's earlier places are compared, the most recent ones.
 _MAX_PLACES = 32

@@ -1,0 +1,1 @@
+"""From the verifier's pass to the tokens that each sequence keeps."""

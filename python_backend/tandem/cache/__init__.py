@@ -1,0 +1,1 @@
+"""One KV cache for all models: which blocks are whose, and the allocation behind them."""

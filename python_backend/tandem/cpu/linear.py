@@ -1,0 +1,165 @@
+"""Linear layers with their weights laid out for oneDNN once, instead of in every product.
+
+The product of a few rows then costs little more than that of one, which is what a verifier pass
+over drafts lives on. A drafter, whose guesses need not be exact, also gains from reading fewer
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from tandem.cpu.blocked_matrix import BlockedMatrix
+from tandem.cpu.kernels import Operators
+from tandem.cpu.kernels.operators import linear as in_graph
+
+# The number of rows that the layout is made for; others work as well.
+PACKED_ROWS = 16
+_linear = torch.ops.mkldnn._linear_pointwise.default
+# Products of up to this many rows gain from 8 bits.
+_INT8_ROWS = 4
+
+
+class PackedLinear(nn.Module):
+    """Computes what `linear` computes; keeps only the packed weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
+        self.tile: int | None = None  # rows of each product, which are filled up; any if None
+        self._number = -1
+
+    def register(self, operators: Operators) -> None:
+        """Gives the weights to the operators of a graph that is going to be made."""
+        self._number = operators.add_linear(self.packed, self.bias, tile=self.tile or 0)
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out_features, in_features]`, unpacked anew on each access."""
+        dense: Tensor = self.packed.to_dense()
+        return dense
+
+    @cached_property
+    def matrix(self) -> BlockedMatrix | None:
+        """Where the weights lie, if that is known."""
+        return BlockedMatrix.packed(self.packed)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        if torch.compiler.is_exporting():
+            return in_graph(rows, self._number, self.out_features)
+        if self.tile is None:
+            return self._multiply(rows)
+        flat = rows.flatten(0, -2)
+        filled = pad(flat, (0, 0, 0, -len(flat) % self.tile))
+        parts = [self._multiply(part) for part in torch.split(filled, self.tile)]
+        return torch.cat(parts)[: len(flat)].view(*rows.shape[:-1], -1)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        product: Tensor = _linear(rows, self.packed, self.bias, "none", [], "")
+        return product
+
+
+class JoinedLinear(nn.Module):
+    """Linear layers that read the same rows, as one packed layer: one product is begun, not three.
+
+    Each of them keeps its place in the model, as a `LinearPart`.
+    """
+
+    def __init__(self, linears: Items[nn.Linear]) -> None:
+        super().__init__()
+        weights: list[Tensor] = [linear.weight.detach() for linear in linears]
+        weight = torch.cat(weights)
+        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        joined.weight = nn.Parameter(weight, requires_grad=False)
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        if biases:
+            joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        self.packed = PackedLinear(joined)
+        self._rows: Tensor | None = None
+        self._product: Tensor | None = None
+
+    def forward(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """Columns `start` to `stop` of the product, which is made for the first who asks."""
+        if self._product is None or self._rows is not rows:
+            self._rows, self._product = rows, self.packed(rows)
+        part = self._product[..., start:stop]
+        if stop == self.packed.out_features:
+            self._rows = self._product = None
+        return part
+
+
+class LinearPart(nn.Module):
+    """One of the layers that a `JoinedLinear` joins."""
+
+    def __init__(self, joined: JoinedLinear, start: int, stop: int) -> None:
+        super().__init__()
+        self.joined = joined
+        self._start = start
+        self._stop = stop
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out_features, in_features]`, unpacked anew on each access."""
+        return self.joined.packed.weight[self._start : self._stop]
+
+    def extra_repr(self) -> str:
+        """Which part."""
+        return f"{self._start}, {self._stop}"
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        part: Tensor = self.joined(rows, self._start, self._stop)
+        return part
+
+
+class Int8Linear(nn.Module):
+    """Computes a linear layer from weights in 8 bits, one scale a row, where the rows are few.
+
+    One row costs what reading the weights costs, and these are a quarter of float32's. Results are
+    off by about a hundredth, so this is for drafters: guesses need not be exact. For many rows the
+    packed layer is faster.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp_(min=1e-12) / 127
+        self._scale = scale.bfloat16()
+        self._weight = (weight / self._scale.float().unsqueeze(1)).round().clamp_(-127, 127)
+        self._weight = self._weight.to(torch.int8)
+        self._packed = PackedLinear(linear)
+        self._number = -1
+
+    def register(self, operators: Operators) -> None:
+        """Gives the weights to the operators of a graph that is going to be made."""
+        self._number = operators.add_linear(
+            self._packed.packed,
+            int8_rows=_INT8_ROWS,
+            int8_weight=self._weight,
+            int8_scale=self._scale,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out_features, in_features]`, unpacked anew on each access."""
+        return self._packed.weight
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        if torch.compiler.is_exporting():
+            return in_graph(rows, self._number, self._packed.out_features)
+        flat = rows.flatten(0, -2)
+        if len(flat) > _INT8_ROWS:
+            packed: Tensor = self._packed(rows)
+            return packed
+        product: Tensor = torch._weight_int8pack_mm(flat.bfloat16(), self._weight, self._scale)
+        return product.to(rows.dtype).view(*rows.shape[:-1], -1)

@@ -1,0 +1,170 @@
+"""Lays models out for oneDNN: which of their layers are packed, joined or rounded."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tandem.cpu.blocked_matrix import BlockedMatrix
+from tandem.cpu.linear import PACKED_ROWS, Int8Linear, JoinedLinear, LinearPart, PackedLinear
+from tandem.cpu.tied_embedding import TiedEmbedding, read_from, tied_embedding
+from tandem.errors import UnsupportedModelError
+
+# Matrices of at least this size gain from 8 bits.
+_INT8_SIZE = 2**17
+# oneDNN keeps the code of 1,024 products, and torch as many descriptions of them: 0.8 MB for each
+# number of rows of each matrix's shape. To make one anew takes 0.4 ms, so fewer do.
+_KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "128"}
+
+
+def keep_few_products() -> None:
+    """Bounds what products leave behind in memory; of use before the process's first one.
+
+    What the environment sets stays.
+    """
+    for name, number in _KEPT_PRODUCTS.items():
+        os.environ.setdefault(name, number)
+
+
+def fix_tiles(model: nn.Module) -> None:
+    """Makes a row's results in packed layers independent of what other rows there are.
+
+    oneDNN may compute many rows in another way than few. So all products get the same number of
+    rows, whatever is in them.
+
+    Raises:
+        UnsupportedModelError: a row's result depends on its place among them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for layer in layers:
+        layer.tile = PACKED_ROWS
+    for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
+        rows = torch.randn(
+            PACKED_ROWS, layer.in_features, generator=torch.Generator().manual_seed(0)
+        )
+        rows = rows.to(layer.packed.dtype)
+        alone = [layer(row) for row in torch.split(rows, 1)]
+        if not torch.equal(layer(rows), torch.cat(alone)):
+            raise UnsupportedModelError(
+                "batch_invariant: on this processor a row's product with a matrix of "
+                f"{layer.out_features} x {layer.in_features} depends on the other rows"
+            )
+
+
+@contextmanager
+def joinable(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
+    """Sees which linear layers read the same rows in a pass; they are in the list afterwards."""
+    groups: list[list[nn.Linear]] = []
+    parents = {
+        child: parent
+        for parent in model.modules()
+        for child in parent.children()
+        if type(child) is nn.Linear
+    }
+    calls: list[tuple[nn.Linear, Tensor]] = []
+
+    def note(linear: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
+        # Keeps the rows, so that no others can lie in their place.
+        calls.append((linear, arguments[0]))
+
+    hooks = [linear.register_forward_pre_hook(note) for linear in parents]
+    try:
+        yield groups
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = Counter(linear for linear, _ in calls)
+    found: dict[tuple[nn.Module, int, bool], list[nn.Linear]] = defaultdict(list)
+    for linear, rows in calls:
+        if times[linear] == 1:
+            found[parents[linear], id(rows), linear.bias is None].append(linear)
+    groups += [group for group in found.values() if len(group) > 1]
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN has packed products for this device and type."""
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def pack_linears(
+    model: nn.Module,
+    keep: nn.Module | None = None,
+    *,
+    int8: bool = False,
+    groups: Items[Items[nn.Linear]] = (),
+) -> None:
+    """Replaces every `nn.Linear` in `model` but `keep`, which stays as it is.
+
+    Args:
+        int8: whether large matrices may be rounded to 8 bits for the product of a few rows.
+        groups: layers that always read the same rows, one after the other.
+    """
+    assert keep is None or not groups
+    parts: dict[nn.Module, LinearPart] = {}
+    for group in groups:
+        joined, start = JoinedLinear(group), 0
+        for linear in group:
+            parts[linear] = LinearPart(joined, start, start + linear.out_features)
+            start += linear.out_features
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if child in parts:
+                setattr(module, name, parts[child])
+            elif type(child) is nn.Linear and child is not keep:
+                rounds = int8 and child.bias is None and child.weight.numel() >= _INT8_SIZE
+                setattr(module, name, Int8Linear(child) if rounds else PackedLinear(child))
+
+
+def pack_model(model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
+    """Packs a model's linear layers, and lets embeddings that are its output head's weights be so.
+
+    Args:
+        groups: see `pack_linears`.
+    """
+    embedding = tied_embedding(model)
+    pack_linears(model, groups=groups)
+    head = model.get_output_embeddings()
+    if embedding is not None and head is not None and (matrix := head_matrix(head)) is not None:
+        read_from(embedding, matrix)
+    release_file(model)
+
+
+def release_file(model: nn.Module) -> None:
+    """Copies what isn't packed: a single weight in the checkpoint's file keeps all of it mapped."""
+    for module in model.modules():
+        if not isinstance(module, TiedEmbedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
+
+
+def pack_drafter(drafter: nn.Module, keep: nn.Module | None = None) -> None:
+    """Packs a drafter's linear layers; large ones may be rounded to 8 bits.
+
+    Args:
+        keep: see `pack_linears`.
+    """
+    pack_linears(drafter, keep, int8=True)
+    release_file(drafter)
+
+
+def head_matrix(head: nn.Module) -> BlockedMatrix | None:
+    """Where the weights of an output head lie, if that is known.
+
+    Args:
+        head: a linear layer, packed or not, or what stands in its place and holds it.
+    """
+    for module in head.modules():
+        if isinstance(module, PackedLinear):
+            return module.matrix
+    return BlockedMatrix.plain(head.get_parameter("weight").detach())

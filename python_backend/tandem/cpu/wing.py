@@ -1,0 +1,185 @@
+"""What computes on a CPU: packed products, kernels in C, passes compiled as graphs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from tandem.cache.kv_cache import KVCache
+from tandem.cpu.compiler import Compiler, try_to_compile
+from tandem.cpu.kernels import (
+    AttentionKernel,
+    LikeliestToken,
+    attention_kernel,
+    exp_sums,
+    fuse_norms,
+    likeliest_token,
+)
+from tandem.cpu.packing import (
+    can_pack,
+    fix_tiles,
+    head_matrix,
+    joinable,
+    keep_few_products,
+    pack_drafter,
+    pack_model,
+)
+from tandem.errors import ConfigError
+from tandem.machine import cpu_name
+
+logger = logging.getLogger("tandem")
+
+# A quarter of the memory that is free may become KV cache; the rest is for other processes.
+_CACHE_SHARE = 0.25
+
+T = TypeVar("T")
+
+
+class CPUWing:
+    """The CPU's side of what `tandem.wing` promises.
+
+    Attributes:
+        queries_at_once: so many queries of a prompt are computed at once: their scores stay in
+            the caches, and keys behind the last of them are left out instead of being masked.
+    """
+
+    queries_at_once: int | None = 128
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @property
+    def occupies_host(self) -> bool:
+        """Whether a step leaves the host's other threads no core to run on."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return torch.get_num_threads() >= (cores or 1)
+
+    def default_dtype(self) -> torch.dtype:
+        """What the processor multiplies fastest without losing the model."""
+        if torch.cpu._is_avx512_bf16_supported():
+            return torch.bfloat16
+        logger.info("this CPU has no bfloat16 products: taking float32")
+        return torch.float32
+
+    def describe(self) -> list[object]:
+        """What measured costs depend on."""
+        return [platform.processor(), cpu_name(), torch.get_num_threads()]
+
+    def synchronize(self) -> None:
+        """Waits for what runs on the device; here everything has been computed already."""
+
+    # --- models
+
+    def set_up(self) -> None:
+        """Prepares the process, before it loads a model."""
+        keep_few_products()
+
+    def joinable(self, model: nn.Module) -> AbstractContextManager[list[list[nn.Linear]]]:
+        """Sees in a pass which linear layers read the same rows; see `packing.joinable`."""
+        return joinable(model)
+
+    def prepare(self, model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
+        """Lays a loaded model out for the processor; it computes what it did.
+
+        Args:
+            groups: what `joinable` saw.
+        """
+        if can_pack(model.device, model.dtype):
+            pack_model(model, groups)
+        fuse_norms(model)
+
+    def prepare_drafter(self, drafter: PreTrainedModel, keep: nn.Module | None = None) -> None:
+        """Lays a drafter out, whose guesses need not be exact.
+
+        Args:
+            keep: a linear layer whose weight is read by rows.
+        """
+        if can_pack(drafter.device, drafter.dtype):
+            pack_drafter(drafter, keep)
+        fuse_norms(drafter)
+
+    def likeliest_token(self, head: nn.Module) -> LikeliestToken | None:
+        """Finds the likeliest token behind a state without all logits, where that can be."""
+        matrix = head_matrix(head)
+        return None if matrix is None else likeliest_token(matrix)
+
+    def compiled(
+        self, make: Callable[[Compiler], T], model: PreTrainedModel, cache: KVCache
+    ) -> T | None:
+        """What `make` makes of a pass as a graph, or None where the model can't be compiled."""
+        return try_to_compile(make, model, cache)
+
+    # --- batch_invariant
+
+    def check_batch_invariant(self, dtype: torch.dtype) -> None:
+        """Whether there are products and attention that don't depend on what else is in a pass.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        where = f"{str(dtype).removeprefix('torch.')} on {self._device.type}"
+        if not can_pack(self._device, dtype):
+            raise ConfigError(
+                f"batch_invariant needs oneDNN's packed products, and there are none for {where}"
+            )
+        if self.attention_kernel(dtype) is None:
+            raise ConfigError(
+                f"batch_invariant needs Tandem's own attention, and there is none for {where}: "
+                "install a C compiler"
+            )
+
+    def fix_products(self, model: nn.Module) -> None:
+        """Makes a row's products independent of what other rows there are; see `fix_tiles`."""
+        fix_tiles(model)
+
+    # --- operations
+
+    def attention_kernel(self, dtype: torch.dtype) -> AttentionKernel | None:
+        """Attention of few queries over the pool in place, or None if there is none."""
+        return attention_kernel(self._device, dtype)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Attention of `[1, num_kv_heads, num_rows, head_dim]` by matrix products."""
+        if query.dtype != torch.bfloat16:
+            return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        # oneDNN's bfloat16 products, which torch's own attention does not use without AMX.
+        scores = torch.matmul(query, key.transpose(-2, -1)).float().mul_(scale)
+        if mask is not None:
+            scores += mask
+        return torch.matmul(scores.softmax(-1).to(query.dtype), value)
+
+    def exp_sums(
+        self, logits: Tensor, rows: Tensor, temperature: Tensor, highest: Tensor
+    ) -> Tensor:
+        """The mass of a row's candidates; see `kernels.exp_sums`."""
+        return exp_sums(logits, rows, temperature, highest)
+
+    # --- memory
+
+    def free_bytes(self) -> int:
+        """Memory that nobody uses."""
+        return int(psutil.virtual_memory().available)
+
+    def cache_bytes(
+        self, wanted: int, utilization: float, largest_pass: Callable[[], object]
+    ) -> int:
+        """Bytes for the KV cache: as many as all sequences may need, if memory has them.
+
+        Args:
+            wanted: for `max_num_seqs` sequences of `max_model_len` tokens.
+            utilization, largest_pass: of use where the device's memory is all for this process.
+        """
+        return min(wanted, int(psutil.virtual_memory().available * _CACHE_SHARE))

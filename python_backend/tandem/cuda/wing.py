@@ -1,0 +1,125 @@
+"""What computes on a GPU: torch's own operations, as long as there are none better here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from tandem.cache.kv_cache import KVCache
+from tandem.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class CUDAWing:
+    """A GPU's side of what `tandem.wing` promises.
+
+    Attributes:
+        queries_at_once: a prompt's queries are computed all at once.
+        occupies_host: the host's threads run beside a step.
+    """
+
+    queries_at_once: int | None = None
+    occupies_host = False
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def default_dtype(self) -> torch.dtype:
+        """What GPUs multiply fastest without losing the model."""
+        return torch.bfloat16
+
+    def describe(self) -> list[object]:
+        """What measured costs depend on."""
+        return [torch.cuda.get_device_name(self._device)]
+
+    def synchronize(self) -> None:
+        """Waits for what runs on the device."""
+        torch.cuda.synchronize(self._device)
+
+    # --- models, which run as they are loaded
+
+    def set_up(self) -> None:
+        """Prepares the process, before it loads a model."""
+
+    def joinable(self, model: nn.Module) -> AbstractContextManager[list[list[nn.Linear]]]:
+        """Sees in a pass which linear layers read the same rows; here it's of no use."""
+        return nullcontext([])
+
+    def prepare(self, model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
+        """Lays a loaded model out for the device."""
+
+    def prepare_drafter(self, drafter: PreTrainedModel, keep: nn.Module | None = None) -> None:
+        """Lays a drafter out for the device."""
+
+    def likeliest_token(self, head: nn.Module) -> None:
+        """There is no way to the likeliest token but by all logits."""
+
+    def compiled(self, make: Callable[..., T], model: PreTrainedModel, cache: KVCache) -> T | None:
+        """There are no graphs of passes."""
+        return None
+
+    # --- batch_invariant
+
+    def check_batch_invariant(self, dtype: torch.dtype) -> None:
+        """There are no products and no attention that don't depend on what else is in a pass.
+
+        Raises:
+            ConfigError: always.
+        """
+        where = f"{str(dtype).removeprefix('torch.')} on {self._device.type}"
+        raise ConfigError(
+            f"batch_invariant needs oneDNN's packed products, and there are none for {where}"
+        )
+
+    def fix_products(self, model: nn.Module) -> None:
+        """Never called: `check_batch_invariant` refuses."""
+
+    # --- operations
+
+    def attention_kernel(self, dtype: torch.dtype) -> None:
+        """There is none."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Attention of `[1, num_kv_heads, num_rows, head_dim]` by matrix products."""
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+    def exp_sums(
+        self, logits: Tensor, rows: Tensor, temperature: Tensor, highest: Tensor
+    ) -> Tensor:
+        """The sum of `exp(logits[row] / temperature - highest)` for each of `rows`, float32."""
+        return (logits[rows].float() / temperature - highest).exp().sum(dim=-1, keepdim=True)
+
+    # --- memory
+
+    def free_bytes(self) -> int:
+        """The GPU's memory that nobody uses."""
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    @torch.inference_mode()
+    def cache_bytes(
+        self, wanted: int, utilization: float, largest_pass: Callable[[], object]
+    ) -> int:
+        """Bytes for the KV cache: what the weights and the largest pass leave.
+
+        Args:
+            wanted: of use where the memory is not all for this process.
+            utilization: the share of the GPU's memory that this process may fill.
+            largest_pass: runs it.
+        """
+        torch.cuda.reset_peak_memory_stats(self._device)
+        largest_pass()
+        free, total = torch.cuda.mem_get_info(self._device)
+        outside = total - free - torch.cuda.memory_reserved(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.empty_cache()
+        return max(0, int(total * utilization) - outside - peak)

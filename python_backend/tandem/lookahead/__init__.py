@@ -1,0 +1,1 @@
+"""How far to draft: costs, chances, the plan of a step, and why drafting gains little."""

@@ -1,0 +1,181 @@
+"""What a step costs in seconds: measured when the engine loads, corrected while it runs."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# How fast the corrections follow: all of a kind together, and single sizes of a pass.
+_RATE = 0.05
+_LOCAL_RATE = 0.02
+# A prompt is over after few passes, and the longer it is, the more its tokens attend to.
+_PROMPT_RATE = 0.25
+# One observation says at most this much: a pause of the machine is no change of its speed.
+_MAX_RATIO = 2.0
+
+
+class Curve:
+    """Seconds as a function of a count: linear between the measured points, and behind them."""
+
+    def __init__(self, points: Mapping[int, float]) -> None:
+        """Takes seconds by count; more never costs less."""
+        self._counts = sorted(points)
+        self._seconds: list[float] = []
+        for count in self._counts:
+            self._seconds.append(max([points[count], *self._seconds[-1:]]))
+
+    def __call__(self, count: int) -> float:
+        """Seconds at `count`; below the first point as there."""
+        counts, seconds = self._counts, self._seconds
+        right = bisect_left(counts, count)
+        if right == 0 or len(counts) == 1:
+            return seconds[0]
+        right = min(right, len(counts) - 1)
+        start, stop = counts[right - 1], counts[right]
+        share = (count - start) / (stop - start)
+        return seconds[right - 1] + share * (seconds[right] - seconds[right - 1])
+
+    @property
+    def points(self) -> dict[int, float]:
+        """Seconds by count."""
+        return dict(zip(self._counts, self._seconds, strict=True))
+
+
+class DraftCosts(NamedTuple):
+    """A drafter's round: what it costs to begin, and each guess further, by number of sequences."""
+
+    begin: Curve
+    guess: Curve
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs as they were measured, in seconds.
+
+    Attributes:
+        verify: a pass of one sequence and the sampling behind it, by tokens that get logits.
+        sequence: what each further sequence adds to a pass.
+        prompt_token: what a token adds that gets no logits.
+        draft: by drafter.
+    """
+
+    verify: Curve
+    sequence: float
+    prompt_token: float
+    draft: Mapping[str, DraftCosts]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "verify": self.verify.points,
+            "sequence": self.sequence,
+            "prompt_token": self.prompt_token,
+            "draft": {
+                name: {"begin": costs.begin.points, "guess": costs.guess.points}
+                for name, costs in self.draft.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Costs:
+        """From what `to_json` gave, keys as text.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            costs = cls(
+                verify=_curve(values["verify"]),
+                sequence=_seconds(values["sequence"]),
+                prompt_token=_seconds(values["prompt_token"]),
+                draft={
+                    name: DraftCosts(_curve(each["begin"]), _curve(each["guess"]))
+                    for name, each in values["draft"].items()
+                },
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it lacks something: {error!r}") from error
+        # Observed times are divided by it.
+        if costs.verify(1) == 0:
+            raise ValueError("a pass takes no time")
+        return costs
+
+
+def _curve(points: Mapping[str, float]) -> Curve:
+    if not points:
+        raise ValueError("a curve has no points")
+    return Curve({int(count): _seconds(value) for count, value in points.items()})
+
+
+def _seconds(value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no time")
+    return value
+
+
+class CostModel:
+    """Predicts a step's time; what is observed corrects it."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._verify_ratio = 1.0
+        # By the number of bits of a pass's tokens: the measured curve may have another shape.
+        self._local_ratio: defaultdict[int, float] = defaultdict(lambda: 1.0)
+        self._prompt_ratio = 1.0
+        self._draft_ratio: defaultdict[str, float] = defaultdict(lambda: 1.0)
+        self.rest = 0.0  # of a step: scheduling, committing
+
+    def verify(self, num_rows: int, num_sequences: int, num_prompt_tokens: int = 0) -> float:
+        """Seconds of a pass and the sampling behind it.
+
+        Args:
+            num_rows: tokens that get logits.
+            num_prompt_tokens: those that get none.
+        """
+        costs = self._costs
+        seconds = costs.verify(max(1, num_rows)) + costs.sequence * max(0, num_sequences - 1)
+        ratio = self._verify_ratio * self._local_ratio[num_rows.bit_length()]
+        return ratio * seconds + self._prompt_ratio * costs.prompt_token * num_prompt_tokens
+
+    def draft(self, drafter: str, num_sequences: int, num_guesses: int) -> float:
+        """Seconds of a round in which each sequence gets `num_guesses` guesses."""
+        if num_guesses == 0:
+            return 0.0
+        costs = self._costs.draft[drafter]
+        seconds = costs.begin(num_sequences) + num_guesses * costs.guess(num_sequences)
+        return self._draft_ratio[drafter] * seconds
+
+    def observe_verify(
+        self, num_rows: int, num_sequences: int, num_prompt_tokens: int, seconds: float
+    ) -> None:
+        """Corrects `verify` by what a pass took; beside a prompt, what is said of its tokens."""
+        alone = self.verify(num_rows, num_sequences)
+        if num_prompt_tokens > 0:
+            predicted = self.verify(num_rows, num_sequences, num_prompt_tokens) - alone
+            if predicted > 0:
+                ratio = _clipped((seconds - alone) / predicted)
+                self._prompt_ratio *= 1 + _PROMPT_RATE * (ratio - 1)
+            return
+        ratio = _clipped(seconds / alone)
+        self._verify_ratio *= 1 + _RATE * (ratio - 1)
+        self._local_ratio[num_rows.bit_length()] *= 1 + _LOCAL_RATE * (ratio - 1)
+
+    def observe_draft(
+        self, drafter: str, num_sequences: int, num_guesses: int, seconds: float
+    ) -> None:
+        """Corrects `draft` by what a round took."""
+        predicted = self.draft(drafter, num_sequences, num_guesses)
+        if predicted > 0:
+            self._draft_ratio[drafter] *= 1 + _RATE * (_clipped(seconds / predicted) - 1)
+
+    def observe_rest(self, seconds: float) -> None:
+        """Follows what a step takes besides drafting and verifying."""
+        self.rest += _RATE * (min(seconds, _MAX_RATIO * self.rest + 1e-3) - self.rest)
+
+
+def _clipped(ratio: float) -> float:
+    return min(max(ratio, 1 / _MAX_RATIO), _MAX_RATIO)

@@ -1,0 +1,265 @@
+"""Attention over the block pool, registered with transformers under the name `ATTENTION`.
+
+All sequences of a pass lie in one row without padding. Each attends to its own slots of the pool.
+Where the wing has a kernel that reads the blocks in place, the few queries of decoding sequences go
+through it, all sequences in one call. Prompts, and everything where there is no such kernel, go
+through matrix products, sequence by sequence: in place where the blocks are contiguous, gathered
+where not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from tandem.errors import UnsupportedModelError
+from tandem.wing import AttentionKernel, Queries, wing_of
+
+ATTENTION = "tandem"
+# What transformers passes for soft-capped scores and for attention sinks.
+_UNSUPPORTED = ("softcap", "s_aux")
+# From so many queries of one sequence on, matrix products win over the kernel.
+_MANY_QUERIES = 16
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence's part of a packed row: `num_queries` tokens that attend to `kv_len` tokens."""
+
+    num_queries: int
+    kv_len: int
+    block_table: Items[int]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What queries of one span read in a layer: their slots, and a mask if some are hidden."""
+
+    queries: slice
+    slots: tuple[slice, ...]
+    mask: Tensor | None  # [1, 1, num_groups * num_queries, num_keys]
+
+
+class Packed(Protocol):
+    """What a model passes on to the attention function."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Attention over a layer's pool.
+
+        Args:
+            query: `[1, num_heads, num_tokens, head_dim]`.
+            key, value: what the model's cache gave for the layer.
+            window: how many tokens a query sees, itself included; all if None.
+
+        Returns:
+            `[1, num_tokens, num_heads, head_dim]`.
+        """
+
+
+class PackedBatch:
+    """Describes a packed row to the attention function.
+
+    With `causal`, a span's queries are the last of its `kv_len` tokens, whose K/V this pass
+    writes. Without, the queries stand behind them and see all: that is how a drafter reads its
+    verifier's cache.
+
+    With `batch_invariant`, all queries go through the kernel, in which a query's result depends, to
+    the last bit, on nothing but its own keys.
+    """
+
+    def __init__(
+        self,
+        spans: Items[Span],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        causal: bool = True,
+        batch_invariant: bool = False,
+    ) -> None:
+        self._spans = spans
+        self._block_size = block_size
+        self._dtype = dtype
+        self._device = device
+        self._causal = causal
+        self._wing = wing_of(device)
+        self.kernel: AttentionKernel | None = self._wing.attention_kernel(dtype)
+        assert self.kernel is not None or not batch_invariant
+        self._too_many = math.inf if batch_invariant else _MANY_QUERIES
+        self.queries_at_once = self._wing.queries_at_once if causal else None
+        self._queries: dict[int | None, Queries | None] = {}
+        self._reads: dict[tuple[int | None, int], list[_Read]] = {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """See `Packed`; key and value are the pool, `[num_slots, num_kv_heads, head_dim]`."""
+        _, num_heads, num_tokens, head_dim = query.shape
+        num_kv_heads = key.shape[1]
+        num_groups = num_heads // num_kv_heads
+        output = query.new_empty(num_tokens, num_heads, head_dim)
+        queries = self.queries(window)
+        if queries is not None:
+            assert self.kernel is not None
+            self.kernel(query[0], key, value, output, queries, scaling)
+        for read in self.reads(window, num_groups):
+            # The query heads that share a KV head become rows of one product.
+            grouped = query[:, :, read.queries].reshape(1, num_kv_heads, -1, head_dim)
+            keys, values = _read(key, read.slots), _read(value, read.slots)
+            attended = self._wing.attend(grouped, keys, values, read.mask, scaling)
+            output[read.queries] = attended.view(num_heads, -1, head_dim).transpose(0, 1)
+        return output.unsqueeze(0)
+
+    def slots(self) -> Tensor:
+        """The slots of the queries' own K/V, `[num_tokens]`."""
+        slots = [
+            span.block_table[position // self._block_size] * self._block_size
+            + position % self._block_size
+            for span in self._spans
+            for position in range(span.kv_len - span.num_queries, span.kv_len)
+        ]
+        return torch.tensor(slots, device=self._device)
+
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """What a compiled pass needs to know of the row.
+
+        Returns:
+            For each span, `[num_spans, 5]`: its first row, its number of queries, its `kv_len`,
+            where its block table begins, and whether it needs matrix products instead of the
+            kernel; and the block tables, one behind the other.
+        """
+        tables: list[int] = []
+        spans, row = [], 0
+        for span in self._spans:
+            by_products = not self._uses_kernel(span)
+            spans.append((row, span.num_queries, span.kv_len, len(tables), by_products))
+            tables += span.block_table[: -(-span.kv_len // self._block_size)]
+            row += span.num_queries
+        return torch.tensor(spans, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
+
+    def queries(self, window: int | None) -> Queries | None:
+        """What the kernel computes in layers with this window, if anything; worked out once."""
+        if window not in self._queries:
+            tables: list[int] = []
+            queries: list[tuple[int, int, int, int]] = []
+            row = 0
+            for span in self._spans:
+                if self._uses_kernel(span):
+                    for offset in range(span.num_queries):
+                        stop = span.kv_len
+                        if self._causal:
+                            stop += offset + 1 - span.num_queries
+                        first = self._first_key(stop, window)
+                        queries.append((row + offset, len(tables), first, stop))
+                    tables += span.block_table[: -(-span.kv_len // self._block_size)]
+                row += span.num_queries
+            found = Queries.of(queries, tables, self._block_size) if queries else None
+            self._queries[window] = found
+        return self._queries[window]
+
+    def reads(self, window: int | None, num_groups: int) -> list[_Read]:
+        """What the spans read that don't use the kernel; worked out once for all such layers."""
+        key = (window, num_groups)
+        if key not in self._reads:
+            start, reads = 0, []
+            for span in self._spans:
+                if self._uses_kernel(span):
+                    start += span.num_queries
+                    continue
+                for part in self._parts(span):
+                    queries = slice(start, start + part.num_queries)
+                    earliest = part.kv_len - part.num_queries + 1 if self._causal else part.kv_len
+                    first = self._first_key(earliest, window)
+                    mask = self._mask(part, first, window, num_groups)
+                    reads.append(_Read(queries, self._runs(part, first), mask))
+                    start = queries.stop
+            self._reads[key] = reads
+        return self._reads[key]
+
+    def _parts(self, span: Span) -> list[Span]:
+        """The span as several, one behind the other, where that is faster."""
+        size = self.queries_at_once or span.num_queries
+        known = span.kv_len - span.num_queries
+        stops = [*range(size, span.num_queries, size), span.num_queries]
+        return [
+            Span(stop - start, known + stop, span.block_table)
+            for start, stop in pairwise([0, *stops])
+        ]
+
+    def _uses_kernel(self, span: Span) -> bool:
+        return self.kernel is not None and span.num_queries < self._too_many
+
+    def _first_key(self, stop: int, window: int | None) -> int:
+        """The first key of a query that may see those before `stop`."""
+        if window is None:
+            return 0
+        # transformers' bidirectional window, which Gemma 4's assistants use, includes both ends.
+        return max(0, stop - window if self._causal else stop - window - 1)
+
+    def _runs(self, span: Span, first: int) -> tuple[slice, ...]:
+        """The slots of tokens `first` to `kv_len`, as few contiguous runs as there are."""
+        size = self._block_size
+        runs: list[slice] = []
+        for index in range(first // size, -(-span.kv_len // size)):
+            base = span.block_table[index] * size
+            start = base + max(0, first - index * size)
+            stop = base + min(size, span.kv_len - index * size)
+            if runs and runs[-1].stop == start:
+                runs[-1] = slice(runs[-1].start, stop)
+            else:
+                runs.append(slice(start, stop))
+        return tuple(runs)
+
+    def _mask(self, span: Span, first: int, window: int | None, num_groups: int) -> Tensor | None:
+        if not self._causal or span.num_queries == 1:
+            return None
+        keys = torch.arange(first, span.kv_len, device=self._device)
+        queries = torch.arange(
+            span.kv_len - span.num_queries, span.kv_len, device=self._device
+        ).unsqueeze(1)
+        hidden = keys > queries
+        if window is not None:
+            hidden |= keys <= queries - window
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+        return mask.masked_fill_(hidden, float("-inf")).repeat(num_groups, 1)[None, None]
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: Packed,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention of a packed row over the pool, as transformers calls it.
+
+    Returns:
+        What `packed` attends to, and None in place of the weights.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"the paged attention has no {name}, which this model uses")
+    return packed.attend(query, key, value, scaling, sliding_window), None
+
+
+def _read(pool: Tensor, slots: tuple[slice, ...]) -> Tensor:
+    """`[1, num_kv_heads, num_keys, head_dim]`: a view of the pool if there is one run of slots."""
+    rows = pool[slots[0]] if len(slots) == 1 else torch.cat([pool[run] for run in slots])
+    return rows.transpose(0, 1).unsqueeze(0)
+
+
+AttentionInterface.register(ATTENTION, paged_attention)

@@ -1,0 +1,225 @@
+"""Models from disk or hub, and the room that they get in the cache."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tandem.cache.kv_cache import KVCache
+from tandem.config import EngineConfig
+from tandem.errors import ConfigError, DrafterMismatchError
+from tandem.models.attention import ATTENTION
+from tandem.models.checkpoint import load_model, load_tokenizer
+from tandem.models.compiled_pass import CompiledPass, compile_pass
+from tandem.models.head import OutputHead
+from tandem.models.probing import (
+    NUM_PROBE_TOKENS,
+    check_linear,
+    check_paged,
+    probe,
+    probe_ids,
+)
+from tandem.wing import device_of, wing_of
+
+logger = logging.getLogger("tandem")
+
+_DEFAULT_MODEL_LEN = 4096
+_NUM_VOCABULARY_PROBES = 2000
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model that is known to run on the paged cache."""
+
+    model: PreTrainedModel
+    cache: KVCache
+
+
+@dataclass(frozen=True)
+class LoadedVerifier:
+    """A verifier that is known to run on the paged cache.
+
+    `draft_models` are the causal LMs that draft for it, by drafter; their caches have the
+    verifier's geometry.
+    """
+
+    model: PreTrainedModel
+    head: OutputHead
+    tokenizer: PreTrainedTokenizerBase | None
+    cache: KVCache
+    compiled: CompiledPass | None
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    draft_models: dict[str, CachedModel]
+
+
+def load_verifier(config: EngineConfig) -> LoadedVerifier:
+    """Loads the verifier and its tokenizer, sizes the cache, and compares a paged pass with HF's.
+
+    Raises:
+        ConfigError: the model can't be found, or the cache is too small for one sequence.
+        UnsupportedModelError: the architecture doesn't fit the paged cache.
+    """
+    dtype, device = resolve(config.dtype, config.device)
+    wing = wing_of(device)
+    if config.batch_invariant:
+        wing.check_batch_invariant(dtype)
+    wing.set_up()
+    model = load_model(config.verifier, dtype, device, key="verifier")
+    text_config = model.config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
+    max_model_len = config.max_model_len or min(limit, _DEFAULT_MODEL_LEN)
+    if max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len {max_model_len} is beyond the verifier's limit of {limit} tokens"
+        )
+    tokenizer = load_tokenizer(config.verifier)
+    models = {None: model} | _load_draft_models(config, model, tokenizer)
+    # What each model stores in the cache, and its own logits for a few tokens.
+    head = OutputHead(model)
+    probes, groups = {}, {}
+    for name, each in models.items():
+        with wing.joinable(each) as groups[name]:
+            probes[name] = probe(each)
+    head.examine(probes[None][1])
+    for name, each in models.items():
+        wing.prepare(each, groups[name])
+    head.index()
+    # They hold what has been replaced.
+    del groups
+    if config.batch_invariant:
+        check_linear(model)
+        wing.fix_products(model)
+    elements_per_token = sum(s.elements_per_token for shapes, _ in probes.values() for s in shapes)
+    num_tokens = _cache_tokens(config, model, max_model_len, elements_per_token * dtype.itemsize)
+    num_blocks = num_tokens // config.block_size
+    if num_blocks * config.block_size < max_model_len:
+        raise ConfigError(
+            f"the KV cache holds {num_blocks * config.block_size} tokens, fewer than one sequence "
+            f"of max_model_len {max_model_len}: raise kv_cache_tokens or lower max_model_len"
+        )
+    cached = {}
+    for name, each in models.items():
+        shapes, expected = probes[name]
+        cache = KVCache(shapes, num_blocks, config.block_size, dtype, device)
+        each.set_attn_implementation(ATTENTION)
+        check_paged(each, cache, expected)
+        cached[name] = CachedModel(each, cache)
+    head.defer()
+    verifier = cached.pop(None)
+    compiles = head.is_deferred and not config.enforce_eager
+    if not (compiles or config.enforce_eager):
+        logger.info("%s runs uncompiled: it changes its logits", type(model).__name__)
+    logger.info(
+        "KV cache: %d tokens in %d blocks, %.1f MiB",
+        verifier.cache.num_slots,
+        num_blocks,
+        sum(c.cache.num_bytes for c in (verifier, *cached.values())) / 2**20,
+    )
+    draft_models = {name: each for name, each in cached.items() if name is not None}
+    return LoadedVerifier(
+        model,
+        head,
+        tokenizer,
+        verifier.cache,
+        compile_pass(model, verifier.cache) if compiles else None,
+        max_model_len,
+        _eos_token_ids(model),
+        draft_models,
+    )
+
+
+def _load_draft_models(
+    config: EngineConfig, verifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str | None, PreTrainedModel]:
+    """The models of `causal_lm` drafters, which must have the verifier's vocabulary."""
+    models: dict[str | None, PreTrainedModel] = {}
+    for name, settings in config.drafter_configs.items():
+        if settings.type == "causal_lm":
+            assert settings.model is not None, "DrafterConfig lets none without a model through"
+            model = load_model(
+                settings.model, verifier.dtype, verifier.device, key=f"drafters.{name}.model"
+            )
+            _check_vocabulary(name, settings.model, model, verifier, tokenizer)
+            models[name] = model
+    return models
+
+
+def _check_vocabulary(
+    name: str,
+    path: str,
+    model: PreTrainedModel,
+    verifier: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    sizes = [each.config.get_text_config().vocab_size for each in (model, verifier)]
+    if sizes[0] != sizes[1]:
+        raise DrafterMismatchError(
+            f"drafters.{name}: {path} has a vocabulary of {sizes[0]} tokens, and the verifier of "
+            f"{sizes[1]}; they must be the same"
+        )
+    other = load_tokenizer(path)
+    if tokenizer is None or other is None:
+        return
+    ids = list(range(0, sizes[1], max(1, sizes[1] // _NUM_VOCABULARY_PROBES)))
+    for token_id, token, mine in zip(
+        ids, tokenizer.convert_ids_to_tokens(ids), other.convert_ids_to_tokens(ids), strict=True
+    ):
+        if token != mine:
+            raise DrafterMismatchError(
+                f"drafters.{name}: token {token_id} is {mine!r} in {path} and {token!r} in the "
+                "verifier; they must have the same tokenizer"
+            )
+
+
+def resolve(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
+    """What `EngineConfig.dtype` and `EngineConfig.device` stand for on this machine.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    found = device_of(device)
+    if dtype != "auto":
+        return getattr(torch, dtype), found
+    return wing_of(found).default_dtype(), found
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    generation: GenerationConfig | None = model.generation_config
+    ids = generation.eos_token_id if generation is not None else None
+    if ids is None:
+        ids = model.config.get_text_config().eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
+def _cache_tokens(
+    config: EngineConfig, model: PreTrainedModel, max_model_len: int, bytes_per_token: int
+) -> int:
+    wing = wing_of(model.device)
+    if config.kv_cache_tokens is not None:
+        needed, free = config.kv_cache_tokens * bytes_per_token, wing.free_bytes()
+        if needed > free:
+            raise ConfigError(
+                f"kv_cache_tokens {config.kv_cache_tokens} need {needed / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB are free"
+            )
+        return config.kv_cache_tokens
+    # Each sequence may leave its last block partly empty.
+    per_sequence = -(-max_model_len // config.block_size) * config.block_size
+
+    def largest_pass() -> None:
+        ids = probe_ids(model).repeat(1, -(-config.max_num_batched_tokens // NUM_PROBE_TOKENS))
+        model(input_ids=ids, use_cache=False, logits_to_keep=config.max_num_seqs)
+
+    wanted = config.max_num_seqs * per_sequence * bytes_per_token
+    share = config.gpu_memory_utilization
+    try:
+        return wing.cache_bytes(wanted, share, largest_pass) // bytes_per_token
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a pass of max_num_batched_tokens, {config.max_num_batched_tokens}, takes more memory "
+            "than is free: lower it"
+        ) from error

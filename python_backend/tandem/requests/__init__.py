@@ -1,0 +1,1 @@
+"""What was asked for, the sequence it becomes, and what goes back."""

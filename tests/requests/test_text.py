@@ -1,0 +1,165 @@
+"""Text comes out as its tokens do, whole characters only, and never changes afterwards."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tandem.requests.text import Detokenizer
+from tiny_models import byte_tokenizer
+
+WORDS = ["\u2581", "\u2581the", "\u2581a", "th", "e", "a", "n", "\u2581n", "an", ".", "\u00e9"]
+
+
+def sentencepiece_tokenizer(strips_first_space: bool) -> PreTrainedTokenizerFast:
+    """Words with a visible space, and bytes for all else; Llama strips the first space."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if strips_first_space:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+    )
+
+
+TOKENIZERS = {
+    "bytes": byte_tokenizer(),
+    "gemma-like": sentencepiece_tokenizer(strips_first_space=False),
+    "llama-like": sentencepiece_tokenizer(strips_first_space=True),
+}
+# What a byte-level model can say: any Unicode text but lone surrogates.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=12)
+PIECES = st.lists(
+    st.sampled_from([*WORDS, "\u00fc", "\u20ac", "\U0001f600", "\u4e2d"]), max_size=12
+)
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
+    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Each piece of the vocabulary as one token, anything else byte by byte."""
+    vocabulary = tokenizer.get_vocab()
+    ids: list[int] = []
+    for character in text:
+        if character in vocabulary:
+            ids.append(vocabulary[character])
+        else:
+            ids += [vocabulary[f"<0x{byte:02X}>"] for byte in character.encode()]
+    return ids
+
+
+def check_stream(
+    tokenizer: PreTrainedTokenizerFast, token_ids: list[int], splits: list[int]
+) -> None:
+    """Streams the tokens in groups; what is out is always a beginning of the whole text."""
+    whole = decode(tokenizer, token_ids)
+    detokenizer = Detokenizer(tokenizer)
+    emitted, start = "", 0
+    for stop in [*splits, len(token_ids)]:
+        piece = detokenizer.push(token_ids[start:stop])
+        assert "\ufffd" not in piece
+        emitted += piece
+        assert whole.startswith(emitted)
+        start = stop
+    assert emitted + detokenizer.flush() == whole
+
+
+@given(text=TEXT, data=st.data())
+def test_byte_level_stream_equals_decode(text: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    token_ids = tokenizer(text)["input_ids"]
+    splits = data.draw(st.lists(st.integers(0, len(token_ids)), max_size=6).map(sorted))
+    assert decode(tokenizer, token_ids) == text or "<" in text
+    check_stream(tokenizer, token_ids, splits)
+
+
+@pytest.mark.parametrize("name", ["gemma-like", "llama-like"])
+@given(pieces=PIECES, text=TEXT, data=st.data())
+def test_byte_fallback_stream_equals_decode(
+    name: str, pieces: list[str], text: str, data: st.DataObject
+) -> None:
+    """Words and characters in bytes, side by side."""
+    tokenizer = TOKENIZERS[name]
+    vocabulary = tokenizer.get_vocab()
+    token_ids: list[int] = []
+    for piece in pieces:
+        if piece in vocabulary:
+            token_ids.append(vocabulary[piece])
+        else:
+            token_ids += bytes_of(tokenizer, piece)
+    token_ids += bytes_of(tokenizer, text)
+    splits = data.draw(st.lists(st.integers(0, len(token_ids)), max_size=6).map(sorted))
+    check_stream(tokenizer, token_ids, splits)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_character_comes_with_its_last_byte(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = (
+        tokenizer("\U0001f600")["input_ids"]
+        if name == "bytes"
+        else bytes_of(tokenizer, "\U0001f600")
+    )
+    assert len(ids) == 4
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.push([token]) for token in ids] == ["", "", "", "\U0001f600"]
+    assert detokenizer.flush() == ""
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_flush_shows_half_a_character_as_such(name: str) -> None:
+    """And only flush does: nothing half comes out before."""
+    tokenizer = TOKENIZERS[name]
+    euro = "\u20ac"
+    ids = tokenizer(euro)["input_ids"] if name == "bytes" else bytes_of(tokenizer, euro)
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.push(ids[:2]) == ""
+    rest = detokenizer.flush()
+    assert rest
+    assert set(rest) == {"\ufffd"}
+
+
+def test_bytes_that_are_no_text_come_out_with_what_follows() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    vocabulary = tokenizer.get_vocab()
+    bad = vocabulary["\u00ff"]  # how the byte 0xFF is written in a byte-level vocabulary
+    letter = vocabulary["x"]
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.push([letter, bad]) == "x"
+    assert detokenizer.push([letter]) == "\ufffdx"
+
+
+@given(text=TEXT)
+def test_special_tokens_are_left_out(text: str) -> None:
+    """Wherever they stand, also within a character's bytes."""
+    assume("<" not in text)
+    tokenizer = TOKENIZERS["bytes"]
+    ids: list[int] = []
+    for token in tokenizer(text)["input_ids"]:
+        ids += [2, token, 4]
+    detokenizer = Detokenizer(tokenizer)
+    joined = detokenizer.push(ids) + detokenizer.flush()
+    assert joined == decode(tokenizer, ids)
+
+
+def test_nothing_comes_of_nothing() -> None:
+    detokenizer = Detokenizer(TOKENIZERS["bytes"])
+    assert detokenizer.push([]) == detokenizer.flush() == ""
