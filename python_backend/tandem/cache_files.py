@@ -16,6 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -35,11 +36,13 @@ def find_file(name: str) -> Path | None:
     """
     wanted = Path(name)
     for path in sorted(_directory().glob(f"{wanted.stem}-*{wanted.suffix}")):
-        if wrong := _fault(path):
+        # Another engine may find the same fault.
+        with suppress(FileNotFoundError):
+            wrong = _fault(path)
+            if not wrong:
+                return path
             logger.warning("%s %s: making it anew", path, wrong)
             path.unlink()
-        else:
-            return path
     return None
 
 
