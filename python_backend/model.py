@@ -137,11 +137,13 @@ class TritonPythonModel:
 
     # --- on Triton's thread
 
-    def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None]:
-        """Queues the requests, and returns what runs them to their end."""
+    def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None] | None:
+        """Queues the requests, and returns what runs them to their end, unless none is left."""
         asked = [each for each in requests if not answer_ping(each, self._not_ready())]
         arrived = [(Request(request, self._metrics), request) for request in asked]
-        return self._run([sequence for pair in arrived for sequence in self._admit(*pair)])
+        sequences = [sequence for pair in arrived for sequence in self._admit(*pair)]
+        # The stub never forgets a coroutine that ends before it is noted down.
+        return self._run(sequences) if sequences else None
 
     def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
         try:
