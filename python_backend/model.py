@@ -146,11 +146,13 @@ class TritonPythonModel:
 
     # --- on Triton's thread
 
-    def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None]:
+    def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None] | None:
         """Refuses what the queue has no room for, and returns what runs the others to their end."""
         asked = [each for each in requests if not answer_ping(each, self._not_ready())]
         arrived = [(Request(request, self._metrics), request) for request in asked]
-        return self._serve([pair for pair in arrived if self._has_room(pair[0])])
+        admitted = [pair for pair in arrived if self._has_room(pair[0])]
+        # The stub never forgets a coroutine that ends before it is noted down.
+        return self._serve(admitted) if admitted else None
 
     def _has_room(self, request: Request) -> bool:
         with self._lock:
