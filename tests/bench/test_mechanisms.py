@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,26 +28,31 @@ COMPILED = {"compiled pass", "compiled drafter step"}
 Without = Callable[..., set[str]]
 
 
-@pytest.fixture
-def works_without(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Without:
-    """What works in an engine with some mechanisms switched off."""
+@pytest.fixture(scope="module")
+def works_without(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Without]:
+    """What works in an engine with some mechanisms switched off; each is made once."""
+    folder = tmp_path_factory.mktemp("mechanisms")
     assistant, _ = make_assistant(tiny.verifier("gemma-3"))
-    save(assistant, tmp_path / "drafter", dtype=torch.float32)
-    # What sets it stays set.
-    for name in tandem.cpu.packing._KEPT_PRODUCTS:
-        monkeypatch.setenv(name, "16")
+    save(assistant, folder / "drafter", dtype=torch.float32)
 
+    @cache
     def found(*names: str, **settings: Any) -> set[str]:
         # No other engine has a file of this folder open.
-        verifier = shutil.copytree(tiny.verifier("gemma-3"), tmp_path / "-".join(["v", *names]))
-        with monkeypatch.context() as patch:
+        verifier = shutil.copytree(
+            tiny.verifier("gemma-3"), folder / "-".join(["v", *names, *settings])
+        )
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tandem.cpu.packing, "_INT8_SIZE", 1)  # tiny matrices too
             for name in names:
                 for where, instead in MECHANISMS[name].instead.items():
                     patch.setattr(*place(where), instead)
-            return set(at_work(engine_with(verifier, tmp_path / "drafter", **settings)))
+            return set(at_work(engine_with(verifier, folder / "drafter", **settings)))
 
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        # What sets it stays set.
+        for name in tandem.cpu.packing._KEPT_PRODUCTS:
+            patch.setenv(name, "16")
+        yield found
 
 
 @pytest.mark.parametrize("name", [name for name in MECHANISMS if name not in COMPILED])
