@@ -169,8 +169,11 @@ def test_values_are_counted_outside_of_texts() -> None:
     ],
 )
 def test_no_body_takes_long_to_read(body: bytes) -> None:
-    """Nobody else is served meanwhile. Python's own parser takes up to 1.4 s for these."""
+    """Nobody else is served meanwhile.
+
+    Some 0.1 to 0.3 s of the processor's time here, and up to 1.4 s for Python's own parser.
+    """
     started = time.process_time()
     with suppress(HTTPException, json.JSONDecodeError):
         read_json(body, 2**18)
-    assert time.process_time() - started < 0.3
+    assert time.process_time() - started < 1.0
