@@ -131,7 +131,7 @@ def test_an_error_repeats_but_a_piece_of_what_was_sent(url: str, more: dict[str,
     answer = post(url, json.dumps({"model": "tandem", "prompt": "x", **more}))
     assert answer.status_code in (400, 404)
     assert len(answer.text) < 1000
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
 
 
 def test_an_error_of_the_server_is_cut(upstream: FakeTriton, url: str) -> None:
