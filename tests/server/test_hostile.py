@@ -135,7 +135,7 @@ def test_a_long_text_holds_nobody_up(server: TritonServer, values: dict[str, Any
     beside = [_seconds(server, good) for _ in range(10)]
     attack.join()
     assert statuses == [400]
-    # A third of a second here; 13 s and more when it was read where all are admitted.
+    # Below 0.3 s in several runs here; 13 s and more when it was read where all are admitted.
     assert max(beside) < alone + 1.0
 
 
