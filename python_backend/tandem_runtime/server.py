@@ -160,7 +160,7 @@ class TritonServer:
 
     def is_ready(self) -> bool:
         """Whether the server answers that it and all its models are ready."""
-        connection = http.client.HTTPConnection(self._client_host, self.http_port, timeout=5)
+        connection = http.client.HTTPConnection(f"{self._client_host}:{self.http_port}", timeout=5)
         try:
             connection.request("GET", "/v2/health/ready")
             return connection.getresponse().status == 200

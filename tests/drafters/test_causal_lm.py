@@ -106,7 +106,7 @@ def test_a_model_with_another_vocabulary_is_refused(tiny: TinyModels, tmp_path: 
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(DrafterMismatchError, match=r"token \d+ is .* the same tokenizer"):
         load(other)
-    with pytest.raises(ConfigError, match="'causal_lm' needs 'model'"):
+    with pytest.raises(ConfigError, match="causal_lm: model must be a directory or hub id"):
         EngineConfig(verifier=verifier, drafters={"causal_lm": {}})
     config["vocab_size"] = 400
     (other / "config.json").write_text(json.dumps(config))

@@ -59,7 +59,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelStreamInfer(  # noqa: N802
         self, requests: Any, context: Any
     ) -> AsyncIterator[Any]:
-        answers: asyncio.Queue[Any] = asyncio.Queue()
+        answers: asyncio.Queue[Any] = asyncio.Queue(8)
         tasks: list[asyncio.Task[None]] = []
 
         async def read() -> None:
@@ -105,7 +105,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             await asyncio.sleep(self.seconds)
             if self.state in ("dead", "stopped"):
                 await asyncio.Event().wait()
-            word = "x" * 1000 if left < 0 else words[-left]
+            word = "x" * 20_000 if left < 0 else words[-left]
             left -= 1
             await answers.put(_chunk(request, word, final=left == 0))
 
