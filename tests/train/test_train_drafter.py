@@ -190,7 +190,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny: TinyModels, tmp_path: P
 def test_errors_are_one_line_and_help_has_examples(tmp_path: Path) -> None:
     result = run("generate", tmp_path / "absent", tmp_path)
     assert result.returncode == 1
-    assert re.match(r"error: verifier: can't load the model '.*absent'", result.stderr.splitlines()[-1])
+    assert re.match(
+        r"error: verifier: can't load the model '.*absent'", result.stderr.splitlines()[-1]
+    )
     assert "Traceback" not in result.stderr
     shown = subprocess.run(
         [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True
