@@ -58,8 +58,9 @@ _MAX_QUEUE_SIZE = 128
 _TURN_SECONDS = 0.1
 # A step, or the watching thread, that takes longer counts as hanging for good.
 _HANG_SECONDS = 120.0
-# Requests that are read at once: tokenizing a long text takes as long as many steps.
-_READERS = 2
+# Requests that are read at once: tokenizing a long text takes as long as many steps. A guide may
+# take seconds, so those that have one don't hold up the others.
+_READERS = _GUIDE_READERS = 2
 # Steps that fail one after the other before the engine counts as broken.
 _MAX_FAILURES = 3
 _SHUTTING_DOWN = EngineStoppedError("the server is shutting down")
@@ -84,6 +85,7 @@ class TritonPythonModel:
         self._requests: dict[Sequence, Request] = {}
         self._num_reading = 0
         self._readers = ThreadPoolExecutor(_READERS, "tandem-read")
+        self._guide_readers = ThreadPoolExecutor(_GUIDE_READERS, "tandem-read-guide")
         self._outbox = Outbox()
         self._sends_between_steps = wing_of(self._engine.verifier.model.device).occupies_host
         self._shutdown_signal = ShutdownSignal()
@@ -167,32 +169,6 @@ class TritonPythonModel:
         _refuse(request, error)
         return False
 
-    # --- on a thread that reads
-
-    def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
-        """The sequences that a request asks for, which the engine has then."""
-        try:
-            sequences = request.read(triton_request, self._engine)
-            with self._lock:
-                if self._stopped is not None:
-                    raise self._stopped
-                self._requests.update(dict.fromkeys(sequences, request))
-        except TandemError as error:
-            _refuse(request, error)
-            return []
-        except Exception as error:
-            # No input may harm the other requests of the call.
-            logger.exception("a request could not be read")
-            kind = type(error).__name__
-            _refuse(request, TandemError(f"internal error ({kind}); the server's log has more"))
-            return []
-        finally:
-            with self._lock:
-                self._num_reading -= 1
-        for sequence in sequences:
-            self._engine.add(sequence)
-        return sequences
-
     # --- asked about
 
     def is_ready(self) -> bool:
@@ -219,6 +195,7 @@ class TritonPythonModel:
         """Ends what still runs with an error, sends it, and stops the threads."""
         self._stepper.submit(self._stop, _SHUTTING_DOWN).result()
         self._readers.shutdown()
+        self._guide_readers.shutdown()
         self._stepper.shutdown()
         self._closing = True
         self._outbox.close()
@@ -233,13 +210,44 @@ class TritonPythonModel:
         await asyncio.gather(*(self._serve_one(*pair) for pair in arrived))
 
     async def _serve_one(self, request: Request, triton_request: Any) -> None:
-        loop = asyncio.get_running_loop()
+        await self._run(await self._admit(request, triton_request))
+
+    async def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
+        """The sequences that a request asks for, which the engine has then."""
+        run = asyncio.get_running_loop().run_in_executor
         try:
-            reading = loop.run_in_executor(self._readers, self._admit, request, triton_request)
-        except RuntimeError:  # there are no readers any more
-            _refuse(request, _SHUTTING_DOWN)
-            return
-        await self._run(await reading)
+            await run(self._readers, request.read, triton_request)
+            readers = self._guide_readers if request.has_guide else self._readers
+            sequences = await run(readers, self._make_sequences, request, triton_request)
+            with self._lock:
+                if self._stopped is not None:
+                    raise self._stopped
+                self._requests.update(dict.fromkeys(sequences, request))
+        except TandemError as error:
+            _refuse(request, error)
+            return []
+        except Exception as error:
+            if self._stopped is not None:  # and there are no readers any more
+                _refuse(request, self._stopped)
+                return []
+            # No input may harm the other requests of the call.
+            logger.exception("a request could not be read")
+            kind = type(error).__name__
+            _refuse(request, TandemError(f"internal error ({kind}); the server's log has more"))
+            return []
+        finally:
+            with self._lock:
+                self._num_reading -= 1
+        for sequence in sequences:
+            self._engine.add(sequence)
+        return sequences
+
+    def _make_sequences(self, request: Request, triton_request: Any) -> list[Sequence]:
+        """Unless nobody waits for them any more; others may have been read for long before."""
+        reason = self._stopped or request.reason_to_end(ask_seconds=0.0)
+        if reason is not None:
+            raise reason
+        return request.make_sequences(triton_request, self._engine)
 
     async def _run(self, sequences: list[Sequence]) -> None:
         """Takes turns with the other calls in stepping the engine, until `sequences` are done."""

@@ -53,17 +53,29 @@ class Request:
         self._arrived_at = self._asked_at = arrived_at
         self._id = self._trace_id = ""
 
-    def read(self, request: Any, engine: Engine) -> list[Sequence]:
-        """Makes the sequences that the request asks for.
+    def read(self, request: Any) -> None:
+        """Reads what it asks for, but for the prompt.
+
+        Raises:
+            InvalidRequestError: naming the input or parameter.
+        """
+        self._id = _sent("the request's id", request.request_id)
+        self._trace_id = trace_id(request)
+        self._options = _options(request)
+
+    @property
+    def has_guide(self) -> bool:
+        """Whether a guide has to be compiled, which may take seconds."""
+        return self._options.params.guide is not None
+
+    def make_sequences(self, request: Any, engine: Engine) -> list[Sequence]:
+        """Makes the sequences that it asks for, once it was read.
 
         Raises:
             InvalidRequestError: naming the input or parameter.
         """
         assert engine.tokenizer is not None
-        self._engine = engine
-        self._id = _sent("the request's id", request.request_id)
-        self._trace_id = trace_id(request)
-        self._options = options = _options(request)
+        self._engine, options = engine, self._options
         prompt = read_prompt(request, engine.tokenizer, engine.text_limits)
         engine.text_limits.check_text("embedding_bias_words", "".join(options.embedding_bias_words))
         params = with_bias(options.params, _word_bias(options, engine.tokenizer))

@@ -288,6 +288,33 @@ def test_a_dead_end_ends_that_request_only(engines: Engines) -> None:
 
 
 @pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        ('start: ("a"|"b") b\nb: b "c"', "no text that matches the guide begins like this one"),
+        ('start: ("a"|"b") b\nb: "c" b', "Too many items"),
+        ('start: ("a"|"b") b\nb: "c" b | "d"', None),
+    ],
+)
+def test_a_guide_that_comes_to_nothing_later_ends_that_request_only(
+    engines: Engines, grammar: str, reason: str | None
+) -> None:
+    engine = engines("llama", **WIDE)
+    params = SamplingParams(max_tokens=12, temperature=1, seed=1)
+    [expected] = engine.generate([prompt_of(9)], params)
+    guided = replace(params, guide=Guide("grammar", grammar))
+    sequences = [engine.make_sequence(prompt_of(9), each) for each in (params, guided)]
+    for sequence in sequences:
+        engine.add(sequence)
+    finish(engine)
+    assert sequences[0].output_ids == expected.token_ids
+    if reason is None:
+        assert sequences[1].error is None
+    else:
+        assert isinstance(sequences[1].error, InvalidRequestError)
+        assert reason in str(sequences[1].error)
+
+
+@pytest.mark.parametrize(
     ("guide", "message"),
     [
         (Guide("json", "{"), "json can't be used as a guide: "),
@@ -328,7 +355,7 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
     ("arguments", "message"),
     [
         (("yaml", "a: b"), "unknown kind of guide 'yaml'; known: json, "),
-        (("regex", ""), "regex must have from 1 to 1048576 characters, got 0"),
+        (("regex", ""), "regex must have from 1 to 131072 characters, got 0"),
         (("choice", "", ()), "choice must hold at least one string"),
     ],
 )

@@ -139,6 +139,63 @@ def test_a_long_text_holds_nobody_up(server: TritonServer, values: dict[str, Any
     assert max(beside) < alone + 1.0
 
 
+def test_a_guide_that_would_overflow_a_stack_harms_nobody(
+    server: TritonServer, engine: Engine
+) -> None:
+    """3,000 rules that lead to one another are compiled; as many as may be sent are refused."""
+    expected = offline(engine)
+    for count in (3000, 7000):
+        rules: dict[str, Any] = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(count)}
+        rules[f"d{count}"] = {"const": "a"}
+        guide = {"json": {"$defs": rules, "$ref": "#/$defs/d0"}}
+        sampling = json.dumps({"max_tokens": 3, "structured_outputs": guide})
+        answer = post(
+            server, json.dumps({"text_input": "x", "sampling_parameters": sampling}).encode()
+        )
+        assert answer.status_code == (200 if count == 3000 else 400), answer.text
+        good = post(server, json.dumps(GOOD).encode())
+        assert good.json()["text_output"] == expected
+
+
+@pytest.mark.parametrize(
+    ("guide", "reason"),
+    [
+        ({"json": {"$ref": "#"}}, "json can't be used as a guide: no text matches it"),
+        ({"regex": r"[^\s\S]"}, "regex can't be used as a guide: no text matches it"),
+        ({"grammar": "start: \n"}, "grammar can't be used as a guide: only the empty text"),
+        (
+            {"grammar": "start: " + " | ".join(f'"w{n}"' for n in range(9000))},
+            "grammar can't be used as a guide: Parser Error: Current row has",
+        ),
+    ],
+)
+def test_guides_that_nothing_can_match_are_refused_with_the_reason(
+    server: TritonServer, guide: dict[str, Any], reason: str
+) -> None:
+    assert reason in refusal(server, sampling_parameters=json.dumps({"structured_outputs": guide}))
+
+
+def test_guides_that_take_long_hold_nobody_up(server: TritonServer) -> None:
+    """More than are read at once; each is given up after two seconds."""
+    rules = "".join(f"T{n}: T{n + 1} T{n + 1}\n" for n in range(3000))
+    grammar = f'start: T0\n{rules}T3000: "a"\n'
+    sampling = json.dumps({"structured_outputs": {"grammar": grammar}})
+    bad = json.dumps({"text_input": "x", "sampling_parameters": sampling}).encode()
+    good = json.dumps({**GOOD, "max_tokens": 1}).encode()
+    alone = max(_seconds(server, good) for _ in range(5))
+    answers: list[requests.Response] = []
+    attacks = [threading.Thread(target=lambda: answers.append(post(server, bad))) for _ in range(4)]
+    for attack in attacks:
+        attack.start()
+    beside = [_seconds(server, good) for _ in range(10)]
+    assert len(answers) < 4  # they were all answered beside attacks
+    for attack in attacks:
+        attack.join()
+    assert max(beside) < alone + 1.0
+    assert [answer.status_code for answer in answers] == [400] * 4
+    assert all("reading it takes longer than 2 s" in answer.text for answer in answers)
+
+
 def _seconds(server: TritonServer, body: bytes) -> float:
     started = time.monotonic()
     assert post(server, body).status_code == 200

@@ -6,19 +6,23 @@ forced tokens, and checks and rolls back drafts by itself.
 
 from __future__ import annotations
 
-import json
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence as Items
-from threading import Lock
 from typing import Any
 
-from llguidance import GrammarFormat, LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 
 from tandem.errors import InvalidRequestError
+from tandem.requests.check_guides import STACK_BYTES
+from tandem.requests.guide_checker import GuideChecker, refusal
 from tandem.requests.params import Guide
 
-_FORMATS: dict[str, GrammarFormat] = {"json": "json", "regex": "regex", "grammar": "grammar"}
-_MAX_MESSAGE = 300
+# Compiled at once; others wait.
+_NUM_THREADS = 2
+# Characters of guides that are kept compiled, each some 400 bytes then.
+_MAX_KEPT = 2**19
 
 
 class Grammar:
@@ -32,9 +36,12 @@ class Grammar:
         """Whether the text matches and nothing can follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
-    def push(self, token_id: int) -> bool:
-        """Moves on by one token; False if the grammar doesn't allow it."""
-        return self._matcher.consume_token(token_id)
+    def push(self, token_id: int) -> str:
+        """Moves on by one token; why it can't, if it can't."""
+        self._matcher.consume_token(token_id)
+        if not self._matcher.is_error():
+            return ""
+        return _reason(self._matcher, "no text that matches the guide begins like this one")
 
     def forced(self) -> list[int]:
         """The tokens that come next whatever the verifier says, as far as they are known."""
@@ -47,16 +54,15 @@ class Grammar:
     def masks(self, token_ids: Items[int]) -> list[bytes]:
         """What may come next, and after each of `token_ids`, all of which are valid.
 
-        Each mask has a bit for each token of the vocabulary, padded to whole words of 32 bits.
+        Each mask has a bit for each token of the vocabulary, padded to whole words of 32 bits. Once
+        the library has given up, which the next `push` says, they only hold the end.
         """
         masks = [self._matcher.compute_bitmask()]
-        try:
-            for count, token_id in enumerate(token_ids, start=1):  # noqa: B007
-                assert self._matcher.consume_token(token_id), self._matcher.get_error()
-                masks.append(self._matcher.compute_bitmask())
-        finally:
-            if token_ids:
-                self._matcher.rollback(count)
+        for token_id in token_ids:
+            self._matcher.consume_token(token_id)
+            masks.append(self._matcher.compute_bitmask())
+        if token_ids:
+            self._matcher.rollback(len(token_ids))
         return masks
 
 
@@ -64,38 +70,89 @@ class GrammarCompiler:
     """Makes grammars for one tokenizer; safe to use from any thread."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Items[int]) -> None:
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._eos_token_ids = list(eos_token_ids)
-        self._wrapped: LLTokenizer | None = None
-        self._lock = Lock()
+        """Prepares the tokenizer, which takes seconds for a large vocabulary."""
+        self._checker = GuideChecker()
+        self._slots = threading.Semaphore(_NUM_THREADS)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Guide, LLMatcher] = OrderedDict()
+        self._tokenizer: LLTokenizer | None = None
+        self._why_not = "the verifier has no tokenizer"
+        if tokenizer is not None:
+            try:
+                self._tokenizer = from_tokenizer(tokenizer, vocab_size, list(eos_token_ids) or None)
+            except ValueError as error:  # it isn't one of the fast ones
+                self._why_not = f"the verifier's tokenizer: {error}"
 
     def compile(self, guide: Guide) -> Grammar:
         """The grammar of a guide, at its start.
 
         Raises:
-            InvalidRequestError: the guide isn't one, with the reason.
+            InvalidRequestError: the guide isn't one, takes too much or matches nothing, with the
+                reason.
         """
-        with self._lock:  # takes a second, the first time
-            if self._wrapped is None:
-                eos = self._eos_token_ids or None
-                self._wrapped = from_tokenizer(self._tokenizer, self._vocab_size, eos)
-        try:
-            matcher = LLMatcher(self._wrapped, _source(guide), log_level=0)
-        except ValueError as error:
-            raise InvalidRequestError(_refusal(guide, str(error))) from error
+        if self._tokenizer is None:
+            raise InvalidRequestError(refusal(guide, self._why_not))
+        with self._lock:
+            matcher = self._kept.get(guide)
+            if matcher is not None:
+                self._kept.move_to_end(guide)
+        if matcher is None:
+            matcher = self._compile(guide)
+            self._keep(guide, matcher)
+        return Grammar(matcher.deep_copy())
+
+    def _compile(self, guide: Guide) -> LLMatcher:
+        with self._slots:
+            source = self._checker.check(guide)
+            results: list[tuple[LLMatcher, str]] = []
+            _run_on_deep_stack(lambda: results.append(self._try(source)))
+        matcher, error = results.pop()
+        if error:
+            raise InvalidRequestError(refusal(guide, error))
+        return matcher
+
+    def _try(self, source: str) -> tuple[LLMatcher, str]:
+        """A matcher, tried on its first tokens, where some only fail, and what is wrong with it."""
+        assert self._tokenizer is not None
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
+        first = matcher.compute_bitmask()
+        matcher.consume_tokens(matcher.compute_ff_tokens())
+        matcher.reset()
         if matcher.is_error():
-            raise InvalidRequestError(_refusal(guide, matcher.get_error()))
-        return Grammar(matcher)
+            return matcher, _reason(matcher, "no text matches it")
+        num_ends = sum(first[each // 8] >> each % 8 & 1 for each in self._tokenizer.eos_tokens)
+        if int.from_bytes(first, "little").bit_count() == num_ends:
+            return matcher, "only the empty text matches it"
+        return matcher, ""
+
+    def _keep(self, guide: Guide, matcher: LLMatcher) -> None:
+        with self._lock:
+            self._kept[guide] = matcher
+            while sum(each.size for each in self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
 
 
-def _source(guide: Guide) -> str:
-    if guide.kind == "json_object":
-        return LLMatcher.grammar_from_json_schema('{"type": "object"}')
-    if guide.kind == "choice":
-        return grammar_from("choice", json.dumps(guide.choices))
-    return grammar_from(_FORMATS[guide.kind], guide.text)
+def _run_on_deep_stack(work: Any) -> None:
+    """Runs it where there is twice the stack that the check had to do with."""
+    with _stack_lock:
+        usual = threading.stack_size(2 * STACK_BYTES)
+        try:
+            thread = threading.Thread(target=work, name="tandem-guide")
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    thread.join()
 
 
-def _refusal(guide: Guide, reason: str) -> str:
-    return f"{guide.kind} can't be used as a guide: {reason.strip()[:_MAX_MESSAGE]}"
+_stack_lock = threading.Lock()
+
+
+def _reason(matcher: LLMatcher, nothing_follows: str) -> str:
+    """The library's own, but where that is a mere name."""
+    error = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    if error == "NoExtensionBias":
+        return nothing_follows
+    if "doesn't satisfy the grammar" in error:
+        return "the guide and the other parameters together leave no token to generate"
+    return error

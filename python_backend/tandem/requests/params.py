@@ -14,7 +14,8 @@ _GREEDY_TEMPERATURE = 1e-5
 _MAX_STOPS = 128
 _MAX_WORDS = 1024
 _MAX_STRING = 1024
-_MAX_GUIDE = 2**20
+# Of a schema, grammar or expression, or of all choices; bounds how deep its rules can lead.
+_MAX_GUIDE = 2**17
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,15 @@ class Guide:
             _check_strings("choice", self.choices, _MAX_WORDS)
             if not self.choices:
                 raise InvalidRequestError("choice must hold at least one string, got []")
-        elif self.kind != "json_object" and not 0 < len(self.text) <= _MAX_GUIDE:
+        if self.kind != "json_object" and not 0 < self.size <= _MAX_GUIDE:
             raise InvalidRequestError(
-                f"{self.kind} must have from 1 to {_MAX_GUIDE} characters, got {len(self.text)}"
+                f"{self.kind} must have from 1 to {_MAX_GUIDE} characters, got {self.size}"
             )
+
+    @property
+    def size(self) -> int:
+        """Characters in all."""
+        return len(self.text) + sum(map(len, self.choices))
 
 
 @dataclass(frozen=True)

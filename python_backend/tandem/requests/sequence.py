@@ -119,11 +119,8 @@ class Sequence:
     def _check_end(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         """Finishes the sequence if the token just appended ends it."""
         params = self.params
-        if self.grammar is not None and not self.grammar.push(token_id):
-            error = InvalidRequestError(
-                "the guide and the other parameters together leave no token to generate"
-            )
-            self.finish(FinishReason.ERROR, error)
+        if self.grammar is not None and (error := self.grammar.push(token_id)):
+            self.finish(FinishReason.ERROR, InvalidRequestError(error))
         elif token_id in eos_token_ids and not params.ignore_eos:
             self.finish(FinishReason.STOP)
         elif token_id in params.stop_token_ids:

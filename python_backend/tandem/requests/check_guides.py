@@ -1,0 +1,67 @@
+"""A program that reads guides and says of each what is wrong with it; see `guide_checker`.
+
+It runs as a process of its own, which a guide may crash or keep busy. On its standard input comes a
+JSON object a line, `{"kind": ..., "text": ...}`, and for each goes one out: `{"source": ...}`, the
+guide as llguidance's matcher takes it, or `{"error": ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+
+from llguidance import GrammarFormat, LLMatcher, grammar_from
+
+# Of one guide, in seconds of CPU time; of the process, in bytes of memory.
+MAX_SECONDS = 2.0
+MAX_BYTES = 2**30
+# The library's parsers call themselves for each rule that leads to another: up to 7 kB a rule, and
+# the shortest rule has 9 characters. `tandem.requests.grammar` gives them twice as much.
+STACK_BYTES = 2**27
+
+_FORMATS: dict[str, GrammarFormat] = {
+    "json": "json",
+    "json_object": "json",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+}
+
+
+def answer(kind: str, text: str) -> dict[str, str]:
+    """What is said of one guide."""
+    try:
+        source = grammar_from(_FORMATS[kind], text)
+        error = LLMatcher.validate_grammar(source)
+    except (ValueError, RecursionError) as caught:
+        error = str(caught)
+    return {"error": error} if error else {"source": source}
+
+
+def _serve() -> None:
+    for line in sys.stdin.buffer:
+        # Behind it the kernel ends the process.
+        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+        result = answer(**json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def main() -> None:
+    """Answers until its input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(5)  # a guide that takes long leaves the cores to the sequences that run
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=_serve)
+    thread.start()
+    thread.join()
+
+
+if __name__ == "__main__":
+    main()
