@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -13,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 import yaml
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -28,32 +28,26 @@ NAMES = {"gateway": "tandem-gateway", "balancer": "tandem-envoy", "server": "tan
 class Authority:
     """Issues certificates, as cert-manager's issuer does."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        directory.mkdir()
-        self._run("req", "-x509", *_KEY, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=ca")
-
-    def _run(self, *arguments: str) -> None:
-        command = ["openssl", *arguments]
-        subprocess.run(command, check=True, capture_output=True, cwd=self._directory)
+    def __init__(self) -> None:
+        self._authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
 
     def issue(self, name: str, mount: Path) -> None:
         """A new certificate where pods find it, swapped in one step as the kubelet does."""
-        self._run("req", *_KEY, "-keyout", "tls.key", "-out", "tls.csr", "-subj", f"/CN={name}")
-        (self._directory / "san").write_text(f"subjectAltName=DNS:{name}")
-        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "san")
-        self._run("x509", "-req", "-in", "tls.csr", "-out", "tls.crt", *signed)
+        issued = self._authority.issue_cert(name, key_type=trustme.KeyType.ECDSA)
+        [certificate] = issued.cert_chain_pems
+        files = {
+            "tls.crt": certificate,
+            "tls.key": issued.private_key_pem,
+            "ca.crt": self._authority.cert_pem,
+        }
         version = mount / f"..{time.monotonic_ns()}"
         version.mkdir(parents=True)
-        for file in ("tls.crt", "tls.key", "ca.crt"):
-            (version / file).write_bytes((self._directory / file).read_bytes())
+        for file, pem in files.items():
+            pem.write_to_path(version / file)
             if not (mount / file).is_symlink():
                 (mount / file).symlink_to(f"..data/{file}")
         (mount / "..new").symlink_to(version.name)
         (mount / "..new").replace(mount / "..data")
-
-
-_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
 class Chain:
@@ -62,8 +56,8 @@ class Chain:
     def __init__(self, directory: Path, ports: dict[str, int]) -> None:
         self.directory = directory
         self.ports = ports
-        self.authority = Authority(directory / "authority")
-        self.foreign = Authority(directory / "foreign")
+        self.authority = Authority()
+        self.foreign = Authority()
 
     def mount(self, part: str) -> Path:
         return self.directory / part / "tls"

@@ -22,6 +22,7 @@ import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from http_process import post_from_a_process
 from repositories import write_repository
 from stream import TIMEOUT, Stream, metric, wait_until
 from tandem import Engine, SamplingParams
@@ -255,9 +256,7 @@ def test_a_cancelled_request_ends_within_200_ms(server: TritonServer) -> None:
 def test_closing_an_http_stream_cancels_its_request(server: TritonServer) -> None:
     body = {"text_input": "on and on", "stream": True, "max_tokens": 12000, "ignore_eos": True}
     url = f"{server.http_url}/v2/models/tandem/generate_stream"
-    with subprocess.Popen(
-        ["curl", "-sN", url, "-d", json.dumps(body)], stdout=subprocess.PIPE
-    ) as client:
+    with post_from_a_process(url, body) as client:
         assert client.stdout is not None
         assert client.stdout.readline().startswith(b"data: ")
         client.kill()

@@ -25,6 +25,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from http_process import post_from_a_process
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
 from tandem_runtime.paths import ROOT
@@ -285,9 +286,9 @@ def test_a_client_that_goes_away_frees_the_server(
     server: TritonServer, url: str, stream: bool
 ) -> None:
     body = {"model": "tandem", "prompt": "x", "max_tokens": 15000, "ignore_eos": True}
-    command = ["curl", "-sN", f"{url}/v1/completions", "-H", "Content-Type: application/json"]
-    command += ["-H", f"Authorization: Bearer {KEY}", "-d", json.dumps({**body, "stream": stream})]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    body["stream"] = stream
+    key = f"Authorization: Bearer {KEY}"
+    with post_from_a_process(f"{url}/v1/completions", body, key) as process:
         wait_until(lambda: metric(server, "num_requests_running") == 1)
         process.kill()
     wait_until(lambda: metric(server, "num_requests_running") == 0, seconds=3)
