@@ -22,7 +22,8 @@ from tandem_bench.install_peers import iomp, tcmalloc
 from tandem_bench.noise import cpu_seconds, undisturbed
 from tandem_bench.settings import Bar, Settings, bar, turned
 from tandem_bench.worker import Worker, WorkerError
-from tandem_bench.workload import ROOT, repeat_to_fill
+from tandem_bench.workload import repeat_to_fill
+from tandem_runtime.paths import ROOT
 
 PART = "peers"
 _LOGS = ROOT / ".bench"

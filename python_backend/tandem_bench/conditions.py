@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tandem_bench.workload import ROOT
+from tandem_runtime.paths import ROOT
 
 _PACKAGES = ("torch", "transformers", "numpy")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")

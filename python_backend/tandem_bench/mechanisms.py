@@ -22,7 +22,7 @@ from tandem_bench.settings import Settings, bar, turned
 from tandem_bench.switches import MECHANISMS, without
 from tandem_bench.turns import Load, in_turns
 from tandem_bench.worker import Worker, WorkerError
-from tandem_bench.workload import ROOT
+from tandem_runtime.paths import ROOT
 
 PART = "mechanisms"
 _LOGS = ROOT / ".bench"

@@ -9,7 +9,7 @@ from typing import Any
 
 from tandem_bench import invariance, lookahead, mechanism_tables, plots, prompts, tables
 from tandem_bench.results import read
-from tandem_bench.workload import ROOT
+from tandem_runtime.paths import ROOT
 
 _PARTS: dict[str, tuple[str, Callable[[tables.Cells], str]]] = {
     "ceilings": ("The machine's ceilings", tables.facts),

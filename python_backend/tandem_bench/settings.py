@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from tandem import EngineConfig, SamplingParams
 from tandem_bench.results import Results
-from tandem_bench.workload import ROOT, read_prompts
+from tandem_bench.workload import read_prompts
+from tandem_runtime.paths import ROOT
 
 T = TypeVar("T")
 

@@ -24,7 +24,8 @@ from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar, turned
 from tandem_bench.turns import Load, in_turns
 from tandem_bench.worker import Worker, WorkerError
-from tandem_bench.workload import ROOT, repeat_to_fill
+from tandem_bench.workload import repeat_to_fill
+from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 from tandem_runtime.triton import TRITON
 

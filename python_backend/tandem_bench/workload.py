@@ -9,9 +9,10 @@ from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import TypeVar
 
+from tandem_runtime.paths import ROOT
+
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "prompts" / "held_out.jsonl"
 
 
