@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Coroutine
@@ -61,6 +62,9 @@ _HANG_SECONDS = 120.0
 # Requests that are read at once: tokenizing a long text takes as long as many steps. A guide may
 # take seconds, so those that have one don't hold up the others.
 _READERS = _GUIDE_READERS = 2
+# So long a thread that reads keeps the interpreter from a step, which needs it between any two
+# operations: Python's own 5 ms would make a step ten times as long.
+_SWITCH_SECONDS = 0.0005
 # Steps that fail one after the other before the engine counts as broken.
 _MAX_FAILURES = 3
 _SHUTTING_DOWN = EngineStoppedError("the server is shutting down")
@@ -72,6 +76,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the engine from the version directory's `model.json` and starts the threads."""
         log_to_server()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._stepper = ThreadPoolExecutor(1, "tandem-step")
         # OpenMP keeps a team for each thread that ever computed, and where there are more of their
         # threads than cores, they sleep after every product instead of waiting for the next.

@@ -217,8 +217,10 @@ def make_request(model: str, prompt: Prompt, *, stream: bool, options: Options) 
     """The message for one request, each of its tensors of shape `[1, n]`.
 
     Raises:
-        RequestError: the prompt has characters that UTF-8 can't hold.
+        RequestError: the prompt is an empty list, or has characters that UTF-8 can't hold.
     """
+    if not prompt and not isinstance(prompt, str):
+        raise RequestError("the prompt is an empty list: give at least one token or message")
     sampling: dict[str, Any] = {
         name: value for name, value in options.items() if value is not None and name not in ENVELOPE
     }

@@ -129,7 +129,8 @@ class ChatCompletionRequest(Request):
     def options(self) -> Options:
         """The options that the server knows."""
         options = super().options()
-        options["max_tokens"] = self.max_completion_tokens or self.max_tokens or _NO_LIMIT
+        limits = (self.max_completion_tokens, self.max_tokens, _NO_LIMIT)
+        options["max_tokens"] = next(limit for limit in limits if limit is not None)
         if self.logprobs:
             options["logprobs"] = self.top_logprobs or 0
         if self.tool_choice == "none":

@@ -26,6 +26,7 @@ from gateway_setup import (
     wait_until,
 )
 from tandem_gateway.parsing import read_json
+from tandem_gateway.schema import ChatCompletionRequest
 
 MIB = 2**20
 
@@ -105,6 +106,27 @@ def test_a_body_that_is_wrong(url: str, body: str | bytes, status: int, message:
     answer = post(url, body)
     assert answer.status_code == status, answer.text
     assert error_of(answer)["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [("completions", {"prompt": [[]]}), ("chat/completions", {"messages": []})],
+)
+def test_an_empty_list_is_no_prompt(url: str, path: str, more: dict[str, Any]) -> None:
+    answer = post(url, json.dumps({"model": "tandem", **more}), path=path)
+    assert answer.status_code == 400
+    assert "the prompt is an empty list: give at least one token" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_no_tokens_at_all_are_not_as_many_as_there_is_room_for(field: str) -> None:
+    """The server refuses 0 by name."""
+    body = {"model": "tandem", "messages": [{"role": "user", "content": "x"}]}
+    limits = [
+        ChatCompletionRequest.model_validate({**body, field: limit}).options()["max_tokens"]
+        for limit in (0, 7, None)
+    ]
+    assert limits == [0, 7, 2**31 - 1]
 
 
 LONG = "ä" * 100_000

@@ -192,9 +192,11 @@ def ask(url: str, prompt: Any = "a b c", key: str = KEY, **more: Any) -> request
     return post(url, json.dumps(body), key)
 
 
-def post(url: str, body: str | bytes, key: str = KEY) -> requests.Response:
+def post(
+    url: str, body: str | bytes, key: str = KEY, path: str = "completions"
+) -> requests.Response:
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    return requests.post(f"{url}/v1/completions", data=body, headers=headers, timeout=TIMEOUT)
+    return requests.post(f"{url}/v1/{path}", data=body, headers=headers, timeout=TIMEOUT)
 
 
 def error_of(answer: requests.Response) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.errors import InvalidRequestError, shorten
+from tandem.requests.json_size import check_json
 from tandem.requests.params import Guide, SamplingParams
 
 MAX_SEQUENCES = 64
@@ -232,8 +233,9 @@ def parse_json(name: str, text: str) -> dict[str, Any]:
     """Reads a JSON object that a client sent in the input `name`.
 
     Raises:
-        InvalidRequestError: it isn't JSON, or not an object.
+        InvalidRequestError: it isn't JSON, not an object, or holds too much.
     """
+    check_json(name, text)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -279,6 +281,7 @@ def _number(name: str, value: Any) -> float:
 def _list(name: str, value: Any) -> list[Any]:
     """A list, or one in JSON, or a single value."""
     if isinstance(value, str) and value.lstrip().startswith("["):
+        check_json(name, value)
         value = json.loads(value)
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
