@@ -56,7 +56,7 @@ def main() -> None:
     """Answers until its input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(5)  # a guide that takes long leaves the cores to the sequences that run
+    os.nice(10)  # a guide that takes long leaves the cores to the sequences that run
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_serve)
     thread.start()
