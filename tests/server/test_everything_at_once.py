@@ -31,7 +31,7 @@ SECONDS = float(os.environ.get("TANDEM_SIEGE_SECONDS", "20"))
 NUM_STREAMS = 4
 OPTIONS: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 1.0}
 MIB = 2**20
-# Beyond the largest without attacks; far from what it was when requests were read by the steps.
+# For machines that do something else as well; with prompts read by the steps it was a minute.
 MAX_GAP_SECONDS = 10.0
 ALONE_SECONDS = 5.0
 # 503 and UNAVAILABLE are a full queue's and a deadline's.

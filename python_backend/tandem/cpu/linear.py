@@ -62,7 +62,7 @@ class PackedLinear(nn.Module):
         if self.counts is None or len(flat) in self.counts:
             return self.multiply(rows)
         lowest, highest = self.counts
-        *whole, last = flat.split(highest)
+        *whole, last = torch.split(flat, highest)
         filled = pad(last, (0, 0, 0, max(0, lowest - len(last))))
         parts = [*map(self.multiply, whole), self.multiply(filled)[: len(last)]]
         return torch.cat(parts).view(*rows.shape[:-1], -1)

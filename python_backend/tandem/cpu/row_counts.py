@@ -68,7 +68,7 @@ def alike(
 
     def product(count: int, rows: Tensor) -> Tensor:
         # All the rows, so many at a time; of what is left over, as many again.
-        parts = [multiply(part) for part in rows.split(count)]
+        parts = [multiply(part) for part in torch.split(rows, count)]
         left_over = len(rows) % count
         if left_over and len(rows) > count:
             parts[-1] = multiply(rows[-count:])[-left_over:]
