@@ -249,7 +249,7 @@ class TritonPythonModel:
 
     def _make_sequences(self, request: Request, triton_request: Any) -> list[Sequence]:
         """Unless nobody waits for them any more; others may have been read for long before."""
-        reason = self._stopped or request.reason_to_end(ask_seconds=0.0)
+        reason = self._stopped or request.reason_to_end(_ASK_SECONDS)
         if reason is not None:
             raise reason
         return request.make_sequences(triton_request, self._engine)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tandem import UnsupportedModelError
-from tandem.cpu import linear
 from tandem.cpu.linear import Int8Linear, PackedLinear
-from tandem.cpu.packing import can_pack, fix_row_counts, joinable, pack_linears
+from tandem.cpu.packing import can_pack, fix_tiles, joinable, pack_linears
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="no oneDNN in this build of torch"
@@ -118,15 +117,11 @@ def test_a_part_is_never_of_other_rows() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("in_features", "out_features"), [(640, 2048), (2048, 640)])
-def test_a_row_is_the_same_among_any_others(
-    dtype: torch.dtype, in_features: int, out_features: int
-) -> None:
-    """With AMX processors compute many rows in another way than few, and without it one."""
-    layer = PackedLinear(nn.Linear(in_features, out_features, bias=False).to(dtype))
-    fix_row_counts(nn.ModuleList([layer]))
-    rows = torch.randn(100, in_features).to(dtype)
+def test_in_tiles_a_row_is_the_same_among_any_others() -> None:
+    """Where they have AMX, processors compute one row in another way than many."""
+    layer = PackedLinear(nn.Linear(640, 2048, bias=False).bfloat16())
+    fix_tiles(nn.ModuleList([layer]))
+    rows = torch.randn(100, 640).bfloat16()
     alone = torch.cat([layer(row) for row in torch.split(rows, 1)])
     for count in (1, 5, 16, 33, 100):
         assert torch.equal(layer(rows[:count]), alone[:count])
@@ -135,12 +130,10 @@ def test_a_row_is_the_same_among_any_others(
 
 
 def test_products_that_depend_on_other_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply = linear._multiply
-    monkeypatch.setattr(
-        linear, "_multiply", lambda rows, packed, bias: multiply(rows, packed, bias) + rows.sum()
-    )
+    multiply = PackedLinear._multiply
+    monkeypatch.setattr(PackedLinear, "_multiply", lambda self, x: multiply(self, x) + x.sum())
     with pytest.raises(UnsupportedModelError, match="8 x 16 depends on the other rows"):
-        fix_row_counts(nn.ModuleList([PackedLinear(nn.Linear(16, 8))]))
+        fix_tiles(nn.ModuleList([PackedLinear(nn.Linear(16, 8))]))
 
 
 def test_products_of_many_row_counts_leave_little_in_memory() -> None:

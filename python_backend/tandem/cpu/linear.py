@@ -7,9 +7,8 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from torch.nn.functional import pad
 from tandem.cpu.blocked_matrix import BlockedMatrix
 from tandem.cpu.kernels import Operators
 from tandem.cpu.kernels.operators import linear as in_graph
-from tandem.cpu.row_counts import RowCounts
 
 # The number of rows that the layout is made for; others work as well.
 PACKED_ROWS = 16
@@ -35,13 +33,13 @@ class PackedLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        self.packed = _pack(linear.weight.detach())
-        self.counts: RowCounts | None = None  # of rows in a product; any if None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
+        self.tile: int | None = None  # rows of each product, which are filled up; any if None
         self._number = -1
 
     def register(self, operators: Operators) -> None:
         """Gives the weights to the operators of a graph that is going to be made."""
-        self._number = operators.add_linear(self.packed, self.bias, counts=self.counts)
+        self._number = operators.add_linear(self.packed, self.bias, tile=self.tile or 0)
 
     @property
     def weight(self) -> Tensor:
@@ -58,33 +56,16 @@ class PackedLinear(nn.Module):
         """`[..., in_features]` to `[..., out_features]`."""
         if torch.compiler.is_exporting():
             return in_graph(rows, self._number, self.out_features)
+        if self.tile is None:
+            return self._multiply(rows)
         flat = rows.flatten(0, -2)
-        if self.counts is None or len(flat) in self.counts:
-            return self.multiply(rows)
-        lowest, highest = self.counts
-        *whole, last = torch.split(flat, highest)
-        filled = pad(last, (0, 0, 0, max(0, lowest - len(last))))
-        parts = [*map(self.multiply, whole), self.multiply(filled)[: len(last)]]
-        return torch.cat(parts).view(*rows.shape[:-1], -1)
+        filled = pad(flat, (0, 0, 0, -len(flat) % self.tile))
+        parts = [self._multiply(part) for part in torch.split(filled, self.tile)]
+        return torch.cat(parts)[: len(flat)].view(*rows.shape[:-1], -1)
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        """The same in one product, whatever their number."""
-        return _multiply(rows, self.packed, self.bias)
-
-    def with_weight(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """Multiplies by another weight of the same shape, as `multiply` does by this one's."""
-        bias = None if self.bias is None else torch.zeros_like(self.bias)
-        return partial(_multiply, packed=_pack(weight), bias=bias)
-
-
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-    return packed
-
-
-def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = _linear(rows, packed, bias, "none", [], "")
-    return product
+    def _multiply(self, rows: Tensor) -> Tensor:
+        product: Tensor = _linear(rows, self.packed, self.bias, "none", [], "")
+        return product
 
 
 class JoinedLinear(nn.Module):

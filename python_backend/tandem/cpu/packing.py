@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -14,12 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tandem.cpu.blocked_matrix import BlockedMatrix
-from tandem.cpu.linear import Int8Linear, JoinedLinear, LinearPart, PackedLinear
-from tandem.cpu.row_counts import alike
+from tandem.cpu.linear import PACKED_ROWS, Int8Linear, JoinedLinear, LinearPart, PackedLinear
 from tandem.cpu.tied_embedding import TiedEmbedding, read_from, tied_embedding
 from tandem.errors import UnsupportedModelError
-
-logger = logging.getLogger("tandem")
 
 # Matrices of at least this size gain from 8 bits.
 _INT8_SIZE = 2**17
@@ -37,34 +33,29 @@ def keep_few_products() -> None:
         os.environ.setdefault(name, number)
 
 
-def fix_row_counts(model: nn.Module) -> None:
+def fix_tiles(model: nn.Module) -> None:
     """Makes a row's results in packed layers independent of what other rows there are.
 
-    Layers of the same shape compute alike. Where a product's bits depend on how many rows it has,
-    it only gets as many as give the same: few are filled up, many are split.
+    oneDNN may compute many rows in another way than few. So all products get the same number of
+    rows, whatever is in them.
 
     Raises:
         UnsupportedModelError: a row's result depends on its place among them.
     """
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    shapes: dict[tuple[int, int], list[PackedLinear]] = defaultdict(list)
     for layer in layers:
-        shapes[layer.out_features, layer.in_features].append(layer)
-    for (out_features, in_features), those in shapes.items():
-        counts = alike(those[0].with_weight, out_features, in_features, those[0].packed.dtype)
-        if counts is None:
+        layer.tile = PACKED_ROWS
+    for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
+        rows = torch.randn(
+            PACKED_ROWS, layer.in_features, generator=torch.Generator().manual_seed(0)
+        )
+        rows = rows.to(layer.packed.dtype)
+        alone = [layer(row) for row in torch.split(rows, 1)]
+        if not torch.equal(layer(rows), torch.cat(alone)):
             raise UnsupportedModelError(
                 "batch_invariant: on this processor a row's product with a matrix of "
-                f"{out_features} x {in_features} depends on the other rows"
+                f"{layer.out_features} x {layer.in_features} depends on the other rows"
             )
-        if not counts.are_all:
-            logger.info(
-                "products with %d matrices of %d x %d get from %d to %d rows: others would change "
-                "their bits",
-                *(len(those), out_features, in_features, *counts),
-            )
-        for layer in those:
-            layer.counts = counts
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tandem.cpu.kernels import (
 )
 from tandem.cpu.packing import (
     can_pack,
-    fix_row_counts,
+    fix_tiles,
     head_matrix,
     joinable,
     keep_few_products,
@@ -140,8 +140,8 @@ class CPUWing:
             )
 
     def fix_products(self, model: nn.Module) -> None:
-        """Makes a row's products independent of what other rows there are; see `fix_row_counts`."""
-        fix_row_counts(model)
+        """Makes a row's products independent of what other rows there are; see `fix_tiles`."""
+        fix_tiles(model)
 
     # --- operations
 

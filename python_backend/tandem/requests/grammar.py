@@ -19,8 +19,6 @@ from tandem.requests.check_guides import STACK_BYTES
 from tandem.requests.guide_checker import GuideChecker, refusal
 from tandem.requests.params import Guide
 
-# Compiled at once; others wait.
-_NUM_THREADS = 2
 # Characters of guides that are kept compiled, each some 400 bytes then.
 _MAX_KEPT = 2**19
 
@@ -72,7 +70,6 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Items[int]) -> None:
         """Prepares the tokenizer, which takes seconds for a large vocabulary."""
         self._checker = GuideChecker()
-        self._slots = threading.Semaphore(_NUM_THREADS)
         self._lock = threading.Lock()
         self._kept: OrderedDict[Guide, LLMatcher] = OrderedDict()
         self._tokenizer: LLTokenizer | None = None
@@ -102,10 +99,9 @@ class GrammarCompiler:
         return Grammar(matcher.deep_copy())
 
     def _compile(self, guide: Guide) -> LLMatcher:
-        with self._slots:
-            source = self._checker.check(guide)
-            results: list[tuple[LLMatcher, str]] = []
-            _run_on_deep_stack(lambda: results.append(self._try(source)))
+        source = self._checker.check(guide)
+        results: list[tuple[LLMatcher, str]] = []
+        _run_on_deep_stack(lambda: results.append(self._try(source)))
         matcher, error = results.pop()
         if error:
             raise InvalidRequestError(refusal(guide, error))

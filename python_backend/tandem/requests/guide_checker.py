@@ -56,10 +56,11 @@ class GuideChecker:
             if process is None or process.poll() is not None:
                 process = self._replace(process)
             answered = _ask(process, line)
+            if not answered:
+                # Gone for certain before the next guide gets it, and is refused in its place.
+                raise InvalidRequestError(refusal(guide, _what_ended(process.wait())))
         finally:
             self._idle.put(process)
-        if not answered:
-            raise InvalidRequestError(refusal(guide, _what_ended(process.wait())))
         answer: dict[str, str] = json.loads(answered)
         if "error" in answer:
             raise InvalidRequestError(refusal(guide, answer["error"]))

@@ -34,7 +34,7 @@ constexpr int64_t LANES = 16, MAX_GROUPS = 8, QUERIES_AT_ONCE = 128, MANY_ROWS =
 struct Linear {
   Tensor weight;  // packed
   std::optional<Tensor> bias;
-  std::vector<int64_t> counts;  // the fewest and the most rows of a product; empty for any
+  int64_t tile;  // rows of each product, which are filled up; 0 for any number
   // For the product of up to so many rows: weights in 8 bits, and one scale a row of them.
   int64_t int8_rows;
   std::optional<Tensor> int8_weight, int8_scale;
@@ -95,10 +95,10 @@ void drop_model(int64_t model) {
 }
 
 int64_t add_linear(int64_t model, const Tensor &weight, const std::optional<Tensor> &bias,
-                   std::vector<int64_t> counts, int64_t int8_rows, const std::optional<Tensor> &int8_weight,
+                   int64_t tile, int64_t int8_rows, const std::optional<Tensor> &int8_weight,
                    const std::optional<Tensor> &int8_scale) {
   auto &linears = find(model).linears;
-  linears.push_back({weight, bias, counts, int8_rows, int8_weight, int8_scale});
+  linears.push_back({weight, bias, tile, int8_rows, int8_weight, int8_scale});
   return static_cast<int64_t>(linears.size()) - 1;
 }
 
@@ -172,16 +172,13 @@ Tensor linear(const Tensor &rows, int64_t index, int64_t out_features) {
   const auto multiply = [&](const Tensor &part) {
     return product.call(part, found.weight, found.bias, "none", none, "");
   };
-  const int64_t count = rows.numel() / in_features;
-  if (found.counts.empty() || (found.counts[0] <= count && count <= found.counts[1]))
-    return multiply(rows);
+  if (found.tile == 0) return multiply(rows);
+  const Tensor flat = rows.reshape({-1, in_features});
+  const int64_t count = flat.size(0), filled = (count + found.tile - 1) / found.tile * found.tile;
   std::vector<Tensor> parts;
-  for (const Tensor &part : rows.reshape({count, in_features}).split(found.counts[1])) {
-    const int64_t missing = std::max<int64_t>(0, found.counts[0] - part.size(0));
-    parts.push_back(missing == 0 ? multiply(part)
-                                 : multiply(at::pad(part, {0, 0, 0, missing})).slice(0, 0, part.size(0)));
-  }
-  return at::cat(parts).view(shape);
+  for (const Tensor &part : at::pad(flat, {0, 0, 0, filled - count}).split(found.tile))
+    parts.push_back(multiply(part));
+  return at::cat(parts).slice(0, 0, count).view(shape);
 }
 
 Tensor write_kv(const Tensor &keys, const Tensor &values, const Tensor &slots, int64_t layer) {
@@ -377,7 +374,7 @@ TORCH_LIBRARY(tandem, library) {
   library.def("make_model(int attention, int block_size) -> int", &make_model);
   library.def("drop_model(int model) -> ()", &drop_model);
   library.def(
-      "add_linear(int model, Tensor weight, Tensor? bias, int[] counts, int int8_rows, "
+      "add_linear(int model, Tensor weight, Tensor? bias, int tile, int int8_rows, "
       "Tensor? int8_weight, Tensor? int8_scale) -> int",
       &add_linear);
   library.def("add_pool(int model, int layer, Tensor keys, Tensor values) -> ()", &add_pool);

@@ -31,7 +31,7 @@ class Operators:
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        counts: tuple[int, int] | None = None,
+        tile: int = 0,
         int8_rows: int = 0,
         int8_weight: Tensor | None = None,
         int8_scale: Tensor | None = None,
@@ -39,15 +39,14 @@ class Operators:
         """Takes a layer's weights.
 
         Args:
-            counts: the fewest and the most rows of a product, which is filled up with zeros, or
-                split; any if None.
+            tile: rows of each product, which are filled up with zeros; 0 for any number.
             int8_rows: the product of up to so many rows reads the weights in 8 bits.
 
         Returns:
             Its number, for `linear`.
         """
         index: int = torch.ops.tandem.add_linear(
-            self._model, weight, bias, list(counts or ()), int8_rows, int8_weight, int8_scale
+            self._model, weight, bias, tile, int8_rows, int8_weight, int8_scale
         )
         return index
 
