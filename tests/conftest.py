@@ -14,6 +14,7 @@ from transformers.utils import logging
 from tandem import Engine, EngineConfig
 from tandem_runtime import tools
 from tiny_engines import Engines, TinyModels
+from tiny_models import VERIFIERS
 
 # Tiny products gain nothing from a second thread.
 torch.set_num_threads(1)
@@ -30,6 +31,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="tests whose program is missing fail, and are not skipped",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is tried on every architecture is quick on two of them."""
+    slow = set(VERIFIERS) - {"gemma-3", "gemma-4-E2B"}
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in slow for value in values):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

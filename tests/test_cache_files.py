@@ -138,6 +138,7 @@ def test_somebody_elses_link_is_not_followed(directory: Path, tmp_path: Path) ->
     assert list((tmp_path / "home").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_was_kept_for_one_process_ends_with_it(directory: Path) -> None:
     directory.mkdir()
     directory.chmod(0o777)

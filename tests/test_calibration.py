@@ -75,6 +75,7 @@ def zeros(value: Any) -> Any:
     return {key: zeros(each) for key, each in value.items()} if isinstance(value, dict) else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

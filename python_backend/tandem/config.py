@@ -22,7 +22,8 @@ from tandem.drafter_config import MODEL_TYPES, NO_DRAFTER, DrafterConfig, parse_
 from tandem.errors import ConfigError
 
 LOOKAHEADS = ("adaptive", "fixed")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+AUTO = "auto"  # is decided when the engine loads
+DTYPES = (AUTO, "bfloat16", "float16", "float32")
 # What is above these is a slip of the pen: it would take memory or minutes and gain nothing.
 _MAX_NUM_SEQS = 2**16
 _MAX_TOKENS = 2**24  # of a sequence or a pass
@@ -62,7 +63,8 @@ class EngineConfig:
             each drafter's `num_speculative_tokens`; "fixed" always as many.
         batch_invariant: a request's tokens are the same, to the last bit of their logits, whatever
             else is in the batch, however its prompt is cut, with drafts and without, in bfloat16
-            too; costs some time. On CPUs with oneDNN and a C compiler.
+            too. "auto" has it so where that costs next to nothing, and the log says so; true
+            insists on it.
         enforce_eager: never compile passes into graphs, which takes half a minute when a model is
             first loaded on a machine.
         synthetic_acceptance_rates: for benchmarks alone: drafts are accepted by coin, at these
@@ -84,7 +86,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     lookahead: str = "adaptive"
-    batch_invariant: bool = False
+    batch_invariant: bool | str = AUTO
     enforce_eager: bool = False
     synthetic_acceptance_rates: Sequence[float] = ()
 
@@ -95,8 +97,13 @@ class EngineConfig:
         check_known(where, "lookahead", self.lookahead, LOOKAHEADS)
         if not isinstance(self.device, str):
             raise ConfigError(f"{where}: device must be a string, got {show(self.device)}")
-        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager"):
+        for name in ("enable_prefix_caching", "enforce_eager"):
             check_bool(where, name, getattr(self, name))
+        if not isinstance(self.batch_invariant, bool) and self.batch_invariant != AUTO:
+            raise ConfigError(
+                f'{where}: batch_invariant must be true, false or "{AUTO}", '
+                f"got {show(self.batch_invariant)}"
+            )
         self._check_numbers(where)
         self._check_drafters(where)
 

@@ -58,7 +58,6 @@ class Engine:
             loaded.head,
             loaded.cache,
             loaded.compiled,
-            batch_invariant=config.batch_invariant,
         )
         self.drafters: dict[str, Drafter] = load_drafters(config, loaded)
         self.scheduler = Scheduler(

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from tandem.cpu.compiler import Compiler
-from tandem.cpu.kernels import AttentionKernel, LikeliestToken, Queries
+from tandem.cpu.kernels import AttentionKernel, LikeliestToken
 from tandem.cpu.wing import CPUWing
 from tandem.cuda.wing import CUDAWing
 from tandem.errors import ConfigError, shorten
@@ -20,7 +20,6 @@ __all__ = [
     "AttentionKernel",
     "Compiler",
     "LikeliestToken",
-    "Queries",
     "Wing",
     "device_of",
     "wing_of",

@@ -88,6 +88,7 @@ def test_every_verifier_writes_the_same_with_the_cache(
     assert [s.output_ids for s in together] == expected[: len(REQUESTS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["ngram", "mtp", "causal_lm", "ngram+mtp", "ngram+causal_lm"])
 def test_every_drafter_writes_the_same_with_the_cache(
     engines: Engines, make_cached, drafter: str

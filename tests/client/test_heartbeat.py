@@ -30,6 +30,7 @@ def test_a_blocking_stream_ends_when_its_model_dies(upstream: FakeTriton) -> Non
     assert time.monotonic() - died_at < 5
 
 
+@pytest.mark.slow
 def test_an_asyncio_stream_ends_when_its_model_dies(upstream: FakeTriton) -> None:
     upstream.seconds = 0.02
 
@@ -45,6 +46,7 @@ def test_an_asyncio_stream_ends_when_its_model_dies(upstream: FakeTriton) -> Non
     assert asyncio.run(follow()) < 5
 
 
+@pytest.mark.slow
 def test_a_slow_answer_is_waited_for(upstream: FakeTriton) -> None:
     """What the pings bring is not part of it."""
     upstream.seconds = 2.6
@@ -53,6 +55,7 @@ def test_a_slow_answer_is_waited_for(upstream: FakeTriton) -> None:
     assert 1 <= upstream.num_pings <= 4
 
 
+@pytest.mark.slow
 def test_a_slow_reader_doesn_t_take_its_model_for_dead(upstream: FakeTriton) -> None:
     with Client(upstream.url) as client:
         texts = []

@@ -42,6 +42,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache_home
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda _: b"garbage"])
 def test_a_damaged_library_is_compiled_anew(
     compiled: Path, tmp_path: Path, damage: Callable[[bytes], bytes]

@@ -144,6 +144,7 @@ def test_a_damaged_graph_is_made_anew(
     assert "runs uncompiled" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_cache_too_small_for_the_examples_is_no_error(
     engines, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -136,6 +136,7 @@ def test_products_that_depend_on_other_rows_are_refused(monkeypatch: pytest.Monk
         fix_tiles(nn.ModuleList([PackedLinear(nn.Linear(16, 8))]))
 
 
+@pytest.mark.slow
 def test_products_of_many_row_counts_leave_little_in_memory() -> None:
     """A process of its own, as the bound holds from a process's first product on."""
     program = """

@@ -91,6 +91,7 @@ def test_tokens_equal_plain_decoding_for_every_lookahead(
         assert 0 < accepted < drafted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "drafter", ["ngram", "oracle", "half", "mtp", "causal_lm", "ngram+mtp", "ngram+causal_lm"]
 )

@@ -94,6 +94,7 @@ def test_affinity_finds_the_prefix_again() -> None:
     assert hits["prefix"] > 2 * hits["least"] > 0
 
 
+@pytest.mark.slow
 def test_the_autoscaler_brings_pods_and_takes_them_away() -> None:
     one = study()
     rate = 5 * one.capacity()
@@ -122,6 +123,7 @@ def test_a_file_without_costs_is_refused(
     assert str(path) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_study_prints_a_table_and_draws_a_plot(
     tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

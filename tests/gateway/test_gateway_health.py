@@ -39,6 +39,7 @@ def status(url: str) -> int:
     return requests.get(f"{url}/health", timeout=TIMEOUT).status_code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["dead", "draining", "stopped"])
 def test_health_follows_the_model(upstream: FakeTriton, url: str, state: str) -> None:
     """Triton itself says that it is ready in each of these."""
@@ -64,6 +65,7 @@ def test_a_request_to_a_dead_model_is_not_to_blame(upstream: FakeTriton, url: st
     assert "is not healthy" in error_of(answer)["message"]
 
 
+@pytest.mark.slow
 def test_streams_end_within_five_seconds_when_their_model_dies(upstream: FakeTriton) -> None:
     with gateway(upstream.url, KEY) as url:
         results: list[tuple[str, float]] = []

@@ -187,6 +187,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny: TinyModels, tmp_path: P
         train(verifier, texts, TrainingConfig(batch_size=8, epochs=2), tmp_path, dtype="float32")
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_and_help_has_examples(tmp_path: Path) -> None:
     result = run("generate", tmp_path / "absent", tmp_path)
     assert result.returncode == 1

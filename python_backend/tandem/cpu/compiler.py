@@ -133,7 +133,7 @@ def try_to_compile(
     Args:
         make: gets the compiler with the model's weights and the pool.
     """
-    found = operators(model.device, model.dtype, cache.block_size)
+    found = operators(model.device, cache.block_size)
     if found is None:
         return None
     if cache.num_blocks < _NUM_EXAMPLE_BLOCKS or cache.block_size < _MIN_BLOCK_SIZE:

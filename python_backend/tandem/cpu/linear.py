@@ -12,10 +12,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from tandem.cpu.blocked_matrix import BlockedMatrix
-from tandem.cpu.kernels import Operators
+from tandem.cpu.kernels import Operators, multiply
 from tandem.cpu.kernels.operators import linear as in_graph
 
 # The number of rows that the layout is made for; others work as well.
@@ -34,12 +33,12 @@ class PackedLinear(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
-        self.tile: int | None = None  # rows of each product, which are filled up; any if None
+        self.memory: Tensor | None = None  # set where products are not left to oneDNN
         self._number = -1
 
     def register(self, operators: Operators) -> None:
         """Gives the weights to the operators of a graph that is going to be made."""
-        self._number = operators.add_linear(self.packed, self.bias, tile=self.tile or 0)
+        self._number = operators.add_linear(self.packed, self.bias, memory=self.memory)
 
     @property
     def weight(self) -> Tensor:
@@ -56,14 +55,13 @@ class PackedLinear(nn.Module):
         """`[..., in_features]` to `[..., out_features]`."""
         if torch.compiler.is_exporting():
             return in_graph(rows, self._number, self.out_features)
-        if self.tile is None:
-            return self._multiply(rows)
-        flat = rows.flatten(0, -2)
-        filled = pad(flat, (0, 0, 0, -len(flat) % self.tile))
-        parts = [self._multiply(part) for part in torch.split(filled, self.tile)]
-        return torch.cat(parts)[: len(flat)].view(*rows.shape[:-1], -1)
+        return self.multiply(rows, own=self.memory is not None)
 
-    def _multiply(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor, *, own: bool) -> Tensor:
+        """By Tandem's own product, for which there is `memory`, or by oneDNN's."""
+        if own:
+            assert self.memory is not None
+            return multiply(rows, self.memory, self.bias, self.out_features)
         product: Tensor = _linear(rows, self.packed, self.bias, "none", [], "")
         return product
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tandem.cpu.blocked_matrix import BlockedMatrix
-from tandem.cpu.linear import PACKED_ROWS, Int8Linear, JoinedLinear, LinearPart, PackedLinear
+from tandem.cpu.linear import Int8Linear, JoinedLinear, LinearPart, PackedLinear
 from tandem.cpu.tied_embedding import TiedEmbedding, read_from, tied_embedding
-from tandem.errors import UnsupportedModelError
 
 # Matrices of at least this size gain from 8 bits.
 _INT8_SIZE = 2**17
@@ -31,31 +30,6 @@ def keep_few_products() -> None:
     """
     for name, number in _KEPT_PRODUCTS.items():
         os.environ.setdefault(name, number)
-
-
-def fix_tiles(model: nn.Module) -> None:
-    """Makes a row's results in packed layers independent of what other rows there are.
-
-    oneDNN may compute many rows in another way than few. So all products get the same number of
-    rows, whatever is in them.
-
-    Raises:
-        UnsupportedModelError: a row's result depends on its place among them.
-    """
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    for layer in layers:
-        layer.tile = PACKED_ROWS
-    for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
-        rows = torch.randn(
-            PACKED_ROWS, layer.in_features, generator=torch.Generator().manual_seed(0)
-        )
-        rows = rows.to(layer.packed.dtype)
-        alone = [layer(row) for row in torch.split(rows, 1)]
-        if not torch.equal(layer(rows), torch.cat(alone)):
-            raise UnsupportedModelError(
-                "batch_invariant: on this processor a row's product with a matrix of "
-                f"{layer.out_features} x {layer.in_features} depends on the other rows"
-            )
 
 
 @contextmanager

@@ -28,14 +28,19 @@ from tandem.cpu.kernels import (
 )
 from tandem.cpu.packing import (
     can_pack,
-    fix_tiles,
     head_matrix,
     joinable,
     keep_few_products,
     pack_drafter,
     pack_model,
 )
-from tandem.errors import ConfigError
+from tandem.cpu.products import (
+    TIMED_ROWS,
+    cost_of_own_products,
+    use_onednn,
+    use_own_products,
+)
+from tandem.errors import UnsupportedModelError
 from tandem.machine import cpu_name
 
 logger = logging.getLogger("tandem")
@@ -47,14 +52,7 @@ T = TypeVar("T")
 
 
 class CPUWing:
-    """The CPU's side of what `tandem.wing` promises.
-
-    Attributes:
-        queries_at_once: so many queries of a prompt are computed at once: their scores stay in
-            the caches, and keys behind the last of them are left out instead of being masked.
-    """
-
-    queries_at_once: int | None = 128
+    """The CPU's side of what `tandem.wing` promises."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -122,32 +120,38 @@ class CPUWing:
 
     # --- batch_invariant
 
-    def check_batch_invariant(self, dtype: torch.dtype) -> None:
-        """Whether there are products and attention that don't depend on what else is in a pass.
+    def check_attention(self, dtype: torch.dtype) -> None:
+        """Whether attention doesn't depend on what else is in a pass.
 
         Raises:
-            ConfigError: there are none.
+            UnsupportedModelError: it may.
         """
-        where = f"{str(dtype).removeprefix('torch.')} on {self._device.type}"
-        if not can_pack(self._device, dtype):
-            raise ConfigError(
-                f"batch_invariant needs oneDNN's packed products, and there are none for {where}"
-            )
         if self.attention_kernel(dtype) is None:
-            raise ConfigError(
-                f"batch_invariant needs Tandem's own attention, and there is none for {where}: "
-                "install a C compiler"
+            raise UnsupportedModelError(
+                "batch_invariant needs Tandem's own attention: install a C++ compiler"
             )
 
-    def fix_products(self, model: nn.Module) -> None:
-        """Makes a row's products independent of what other rows there are; see `fix_tiles`."""
-        fix_tiles(model)
+    def use_own_products(self, model: nn.Module) -> dict[int, float]:
+        """Makes a row's products independent of what other rows there are.
+
+        Returns:
+            What they take longer than oneDNN's, as a share, by the number of rows.
+
+        Raises:
+            UnsupportedModelError: it can't be done.
+        """
+        use_own_products(model)
+        return dict(zip(TIMED_ROWS, cost_of_own_products(model), strict=True))
+
+    def use_library_products(self, model: nn.Module) -> None:
+        """Takes `use_own_products` back."""
+        use_onednn(model)
 
     # --- operations
 
     def attention_kernel(self, dtype: torch.dtype) -> AttentionKernel | None:
-        """Attention of few queries over the pool in place, or None if there is none."""
-        return attention_kernel(self._device, dtype)
+        """Attention over the pool in place, or None if there is none."""
+        return attention_kernel(self._device)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float

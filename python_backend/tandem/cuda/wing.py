@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from tandem.cache.kv_cache import KVCache
-from tandem.errors import ConfigError
+from tandem.errors import UnsupportedModelError
 
 T = TypeVar("T")
 
@@ -22,11 +22,9 @@ class CUDAWing:
     """A GPU's side of what `tandem.wing` promises.
 
     Attributes:
-        queries_at_once: a prompt's queries are computed all at once.
         occupies_host: the host's threads run beside a step.
     """
 
-    queries_at_once: int | None = None
     occupies_host = False
 
     def __init__(self, device: torch.device) -> None:
@@ -68,19 +66,22 @@ class CUDAWing:
 
     # --- batch_invariant
 
-    def check_batch_invariant(self, dtype: torch.dtype) -> None:
-        """There are no products and no attention that don't depend on what else is in a pass.
+    def check_attention(self, dtype: torch.dtype) -> None:
+        """There is no attention that doesn't depend on what else is in a pass.
 
         Raises:
-            ConfigError: always.
+            UnsupportedModelError: always.
         """
-        where = f"{str(dtype).removeprefix('torch.')} on {self._device.type}"
-        raise ConfigError(
-            f"batch_invariant needs oneDNN's packed products, and there are none for {where}"
+        raise UnsupportedModelError(
+            "batch_invariant: torch's operations on a GPU depend on what else is in the batch"
         )
 
-    def fix_products(self, model: nn.Module) -> None:
-        """Never called: `check_batch_invariant` refuses."""
+    def use_own_products(self, model: nn.Module) -> dict[int, float]:
+        """Never called: `check_attention` refuses."""
+        return {}
+
+    def use_library_products(self, model: nn.Module) -> None:
+        """Products are those of torch."""
 
     # --- operations
 

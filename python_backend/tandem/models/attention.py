@@ -1,18 +1,15 @@
 """Attention over the block pool, registered with transformers under the name `ATTENTION`.
 
 All sequences of a pass lie in one row without padding. Each attends to its own slots of the pool.
-Where the wing has a kernel that reads the blocks in place, the few queries of decoding sequences go
-through it, all sequences in one call. Prompts, and everything where there is no such kernel, go
-through matrix products, sequence by sequence: in place where the blocks are contiguous, gathered
+Where the wing has a kernel that reads the blocks in place, one call computes them all. Where there
+is none, matrix products do, sequence by sequence: in place where the blocks are contiguous, gathered
 where not.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -20,13 +17,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from tandem.errors import UnsupportedModelError
-from tandem.wing import AttentionKernel, Queries, wing_of
+from tandem.wing import AttentionKernel, wing_of
 
 ATTENTION = "tandem"
 # What transformers passes for soft-capped scores and for attention sinks.
 _UNSUPPORTED = ("softcap", "s_aux")
-# From so many queries of one sequence on, matrix products win over the kernel.
-_MANY_QUERIES = 16
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,6 @@ class PackedBatch:
     With `causal`, a span's queries are the last of its `kv_len` tokens, whose K/V this pass
     writes. Without, the queries stand behind them and see all: that is how a drafter reads its
     verifier's cache.
-
-    With `batch_invariant`, all queries go through the kernel, in which a query's result depends, to
-    the last bit, on nothing but its own keys.
     """
 
     def __init__(
@@ -84,7 +76,6 @@ class PackedBatch:
         device: torch.device,
         *,
         causal: bool = True,
-        batch_invariant: bool = False,
     ) -> None:
         self._spans = spans
         self._block_size = block_size
@@ -93,24 +84,20 @@ class PackedBatch:
         self._causal = causal
         self._wing = wing_of(device)
         self.kernel: AttentionKernel | None = self._wing.attention_kernel(dtype)
-        assert self.kernel is not None or not batch_invariant
-        self._too_many = math.inf if batch_invariant else _MANY_QUERIES
-        self.queries_at_once = self._wing.queries_at_once if causal else None
-        self._queries: dict[int | None, Queries | None] = {}
+        self._described: tuple[Tensor, Tensor] | None = None
         self._reads: dict[tuple[int | None, int], list[_Read]] = {}
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """See `Packed`; key and value are the pool, `[num_slots, num_kv_heads, head_dim]`."""
+        if self.kernel is not None:
+            row = *self.spans(), self._block_size
+            return self.kernel(query, key, value, *row, scaling, window, causal=self._causal)
         _, num_heads, num_tokens, head_dim = query.shape
         num_kv_heads = key.shape[1]
         num_groups = num_heads // num_kv_heads
         output = query.new_empty(num_tokens, num_heads, head_dim)
-        queries = self.queries(window)
-        if queries is not None:
-            assert self.kernel is not None
-            self.kernel(query[0], key, value, output, queries, scaling)
         for read in self.reads(window, num_groups):
             # The query heads that share a KV head become rows of one product.
             grouped = query[:, :, read.queries].reshape(1, num_kv_heads, -1, head_dim)
@@ -130,73 +117,38 @@ class PackedBatch:
         return torch.tensor(slots, device=self._device)
 
     def spans(self) -> tuple[Tensor, Tensor]:
-        """What a compiled pass needs to know of the row.
+        """What a kernel or a compiled pass needs to know of the row.
 
         Returns:
-            For each span, `[num_spans, 5]`: its first row, its number of queries, its `kv_len`,
-            where its block table begins, and whether it needs matrix products instead of the
-            kernel; and the block tables, one behind the other.
+            For each span, `[num_spans, 4]`: its first row, its number of queries, its `kv_len`, and
+            where its block table begins; and the block tables, one behind the other.
         """
-        tables: list[int] = []
-        spans, row = [], 0
-        for span in self._spans:
-            by_products = not self._uses_kernel(span)
-            spans.append((row, span.num_queries, span.kv_len, len(tables), by_products))
-            tables += span.block_table[: -(-span.kv_len // self._block_size)]
-            row += span.num_queries
-        return torch.tensor(spans, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
-
-    def queries(self, window: int | None) -> Queries | None:
-        """What the kernel computes in layers with this window, if anything; worked out once."""
-        if window not in self._queries:
+        if self._described is None:
             tables: list[int] = []
-            queries: list[tuple[int, int, int, int]] = []
-            row = 0
+            spans, row = [], 0
             for span in self._spans:
-                if self._uses_kernel(span):
-                    for offset in range(span.num_queries):
-                        stop = span.kv_len
-                        if self._causal:
-                            stop += offset + 1 - span.num_queries
-                        first = self._first_key(stop, window)
-                        queries.append((row + offset, len(tables), first, stop))
-                    tables += span.block_table[: -(-span.kv_len // self._block_size)]
+                spans.append((row, span.num_queries, span.kv_len, len(tables)))
+                tables += span.block_table[: -(-span.kv_len // self._block_size)]
                 row += span.num_queries
-            found = Queries.of(queries, tables, self._block_size) if queries else None
-            self._queries[window] = found
-        return self._queries[window]
+            self._described = torch.tensor(spans, dtype=torch.int32), torch.tensor(
+                tables, dtype=torch.int32
+            )
+        return self._described
 
     def reads(self, window: int | None, num_groups: int) -> list[_Read]:
-        """What the spans read that don't use the kernel; worked out once for all such layers."""
+        """What the spans read without a kernel; worked out once for all such layers."""
         key = (window, num_groups)
         if key not in self._reads:
             start, reads = 0, []
             for span in self._spans:
-                if self._uses_kernel(span):
-                    start += span.num_queries
-                    continue
-                for part in self._parts(span):
-                    queries = slice(start, start + part.num_queries)
-                    earliest = part.kv_len - part.num_queries + 1 if self._causal else part.kv_len
-                    first = self._first_key(earliest, window)
-                    mask = self._mask(part, first, window, num_groups)
-                    reads.append(_Read(queries, self._runs(part, first), mask))
-                    start = queries.stop
+                queries = slice(start, start + span.num_queries)
+                earliest = span.kv_len - span.num_queries + 1 if self._causal else span.kv_len
+                first = self._first_key(earliest, window)
+                mask = self._mask(span, first, window, num_groups)
+                reads.append(_Read(queries, self._runs(span, first), mask))
+                start = queries.stop
             self._reads[key] = reads
         return self._reads[key]
-
-    def _parts(self, span: Span) -> list[Span]:
-        """The span as several, one behind the other, where that is faster."""
-        size = self.queries_at_once or span.num_queries
-        known = span.kv_len - span.num_queries
-        stops = [*range(size, span.num_queries, size), span.num_queries]
-        return [
-            Span(stop - start, known + stop, span.block_table)
-            for start, stop in pairwise([0, *stops])
-        ]
-
-    def _uses_kernel(self, span: Span) -> bool:
-        return self.kernel is not None and span.num_queries < self._too_many
 
     def _first_key(self, stop: int, window: int | None) -> int:
         """The first key of a query that may see those before `stop`."""

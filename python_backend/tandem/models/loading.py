@@ -15,9 +15,9 @@ from tandem.models.attention import ATTENTION
 from tandem.models.checkpoint import load_model, load_tokenizer
 from tandem.models.compiled_pass import CompiledPass, compile_pass
 from tandem.models.head import OutputHead
+from tandem.models.invariance import make_invariant
 from tandem.models.probing import (
     NUM_PROBE_TOKENS,
-    check_linear,
     check_paged,
     probe,
     probe_ids,
@@ -43,7 +43,8 @@ class LoadedVerifier:
     """A verifier that is known to run on the paged cache.
 
     `draft_models` are the causal LMs that draft for it, by drafter; their caches have the
-    verifier's geometry.
+    verifier's geometry. With `batch_invariant`, a token's logits depend to the last bit on nothing
+    but the tokens before it.
     """
 
     model: PreTrainedModel
@@ -53,6 +54,7 @@ class LoadedVerifier:
     compiled: CompiledPass | None
     max_model_len: int
     eos_token_ids: frozenset[int]
+    batch_invariant: bool
     draft_models: dict[str, CachedModel]
 
 
@@ -65,8 +67,6 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     """
     dtype, device = resolve(config.dtype, config.device)
     wing = wing_of(device)
-    if config.batch_invariant:
-        wing.check_batch_invariant(dtype)
     wing.set_up()
     model = load_model(config.verifier, dtype, device, key="verifier")
     text_config = model.config.get_text_config()
@@ -90,9 +90,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     head.index()
     # They hold what has been replaced.
     del groups
-    if config.batch_invariant:
-        check_linear(model)
-        wing.fix_products(model)
+    batch_invariant = make_invariant(model, config.batch_invariant)
     elements_per_token = sum(s.elements_per_token for shapes, _ in probes.values() for s in shapes)
     num_tokens = _cache_tokens(config, model, max_model_len, elements_per_token * dtype.itemsize)
     num_blocks = num_tokens // config.block_size
@@ -128,6 +126,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         compile_pass(model, verifier.cache) if compiles else None,
         max_model_len,
         _eos_token_ids(model),
+        batch_invariant,
         draft_models,
     )
 

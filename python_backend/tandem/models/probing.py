@@ -87,14 +87,3 @@ def check_paged(model: PreTrainedModel, cache: KVCache, expected: Tensor) -> Non
             f"{type(model).__name__} gives other logits on the paged cache than on its own: they "
             f"differ by {difference:.3g}, and rounding explains {allowed:.3g}"
         )
-
-
-def check_linear(model: PreTrainedModel) -> None:
-    """Whether all products with weights are those of packed linear layers."""
-    for module in model.modules():
-        matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        if matrices and not isinstance(module, torch.nn.Embedding):
-            raise UnsupportedModelError(
-                f"batch_invariant: {type(module).__name__} has weights outside linear layers; "
-                "their products may depend on what else is in the batch"
-            )

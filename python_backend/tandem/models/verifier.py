@@ -45,11 +45,7 @@ class VerifierOutput:
 
 
 class Verifier:
-    """A transformers causal LM on the paged cache; its code and weights are unmodified.
-
-    With `batch_invariant`, a token's logits depend to the last bit on nothing but the tokens before
-    it, where the model's products have this property too.
-    """
+    """A transformers causal LM on the paged cache; its code and weights are unmodified."""
 
     def __init__(
         self,
@@ -57,8 +53,6 @@ class Verifier:
         head: OutputHead,
         cache: KVCache,
         compiled: CompiledPass | None = None,
-        *,
-        batch_invariant: bool = False,
     ) -> None:
         """Takes a loaded model.
 
@@ -69,7 +63,6 @@ class Verifier:
         self.head = head
         self.cache = cache
         self.compiled = compiled
-        self._batch_invariant = batch_invariant
         # The model looks for them among its parameters each time.
         self._dtype, self._device = model.dtype, model.device
 
@@ -89,13 +82,7 @@ class Verifier:
             if scheduled.yields_token:
                 rows += range(len(token_ids) - len(scheduled.draft_ids) - 1, len(token_ids))
             spans.append(Span(stop - start, stop, sequence.block_table))
-        packed = PackedBatch(
-            spans,
-            self.cache.block_size,
-            self._dtype,
-            self._device,
-            batch_invariant=self._batch_invariant,
-        )
+        packed = PackedBatch(spans, self.cache.block_size, self._dtype, self._device)
         if self.compiled is not None:
             states = self.compiled(packed, token_ids, positions, rows)
             return VerifierOutput(states, self.head, None)

@@ -1,9 +1,9 @@
 """C and C++ for what torch has no fast operation for on a CPU."""
 
-from tandem.cpu.kernels.attention import AttentionKernel, Queries, attention_kernel
+from tandem.cpu.kernels.attention import AttentionKernel, attention_kernel
 from tandem.cpu.kernels.exp_sums import exp_sums
 from tandem.cpu.kernels.likeliest import LikeliestToken, likeliest_token
-from tandem.cpu.kernels.operators import Operators, operators
+from tandem.cpu.kernels.operators import Operators, load_operators, multiply, operators
 from tandem.cpu.kernels.rms_norm import FusedRMSNorm, fuse_norms
 
 __all__ = [
@@ -11,10 +11,11 @@ __all__ = [
     "FusedRMSNorm",
     "LikeliestToken",
     "Operators",
-    "Queries",
     "attention_kernel",
     "exp_sums",
     "fuse_norms",
     "likeliest_token",
+    "load_operators",
+    "multiply",
     "operators",
 ]

@@ -25,7 +25,7 @@ logger = logging.getLogger("tandem")
 # OpenMP's functions are left to be found in torch's own copy: a second one would have a second
 # team of threads, which compete with the first.
 _COMPILE = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-c")
-_COMPILE_OPERATORS = ("-O2", "-std=c++20", "-fPIC", "-c")
+_COMPILE_OPERATORS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-c")
 _LINK = ("-shared",)
 _DEFINITIONS = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
 _FOLDER = Path(__file__).parent
@@ -51,7 +51,7 @@ def library(device: torch.device, dtype: torch.dtype) -> ctypes.CDLL | None:
 
 @cache
 def operator_library() -> Path | None:
-    """The operators of compiled passes, as a library for torch, or None."""
+    """The operators for torch, or None."""
     # Here, because it looks for CUDA's tools.
     from torch.utils import cpp_extension
 

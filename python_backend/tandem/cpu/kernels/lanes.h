@@ -10,10 +10,11 @@
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
+#ifndef __cplusplus
 #ifdef BFLOAT16
 typedef uint16_t Element;
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 INLINE Lanes load(const Element *from) {
   Halves bits;
@@ -53,6 +54,7 @@ INLINE void store_some(Element *to, Lanes value, int count) {
   store(some, value);
   memcpy(to, some, count * sizeof(Element));
 }
+#endif
 
 INLINE float sum(Lanes value) {
   float lanes[LANES];

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tandem.cpu.kernels.build import library, operator_library
+from tandem.cpu.kernels.build import operator_library
 
 logger = logging.getLogger("tandem")
 
@@ -21,9 +21,8 @@ logger = logging.getLogger("tandem")
 class Operators:
     """The weights and the pool of one model, as its compiled graphs name them."""
 
-    def __init__(self, attention: ctypes.CDLL, block_size: int) -> None:
-        address = ctypes.cast(attention.paged_attention, ctypes.c_void_p).value
-        self._model: int = torch.ops.tandem.make_model(address, block_size)
+    def __init__(self, block_size: int) -> None:
+        self._model: int = torch.ops.tandem.make_model(block_size)
         weakref.finalize(self, torch.ops.tandem.drop_model, self._model)
 
     def add_linear(
@@ -31,7 +30,7 @@ class Operators:
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        tile: int = 0,
+        memory: Tensor | None = None,
         int8_rows: int = 0,
         int8_weight: Tensor | None = None,
         int8_scale: Tensor | None = None,
@@ -39,14 +38,14 @@ class Operators:
         """Takes a layer's weights.
 
         Args:
-            tile: rows of each product, which are filled up with zeros; 0 for any number.
+            memory: where the weights lie, for products that don't depend on their rows.
             int8_rows: the product of up to so many rows reads the weights in 8 bits.
 
         Returns:
             Its number, for `linear`.
         """
         index: int = torch.ops.tandem.add_linear(
-            self._model, weight, bias, tile, int8_rows, int8_weight, int8_scale
+            self._model, weight, bias, memory, int8_rows, int8_weight, int8_scale
         )
         return index
 
@@ -87,16 +86,14 @@ class LoadedGraph:
         return outputs
 
 
-def operators(device: torch.device, dtype: torch.dtype, block_size: int) -> Operators | None:
-    """For a new model, or None if there are none for its device and type."""
-    kernels = library(device, dtype)
-    if kernels is None or not _load():
-        return None
-    return Operators(kernels, block_size)
+def operators(device: torch.device, block_size: int) -> Operators | None:
+    """For a new model, or None if there are none for its device."""
+    return Operators(block_size) if device.type == "cpu" and load_operators() else None
 
 
 @cache
-def _load() -> bool:
+def load_operators() -> bool:
+    """Makes `torch.ops.tandem`; whether that could be."""
     path = operator_library()
     if path is None:
         return False
@@ -104,7 +101,7 @@ def _load() -> bool:
         # Graphs find their operators in it.
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     except OSError as error:
-        logger.warning("can't load the operators of compiled passes: %s", error)
+        logger.warning("can't load %s, running on torch's operations, which is slower", error)
         path.unlink(missing_ok=True)
         return False
     shapes: dict[str, Callable[..., Tensor]] = {
@@ -201,3 +198,13 @@ def attend(
         query, layer, spans, tables, scaling, window or 0, causal
     )
     return attended
+
+
+def multiply(rows: Tensor, memory: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """`[..., in_features]` to `[..., out_features]`, each row as if it were alone.
+
+    Args:
+        memory: the weights', see `BlockedMatrix`.
+    """
+    product: Tensor = torch.ops.tandem.multiply(rows, memory, bias, out_features)
+    return product

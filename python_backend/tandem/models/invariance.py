@@ -1,0 +1,60 @@
+"""Whether a token's logits depend on nothing but the tokens before it, to the last bit.
+
+Then a seed gives the same tokens whatever else is in the batch, with drafts and without, and in a
+type as coarse as bfloat16, in which the last bits decide between tokens often.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tandem.config import AUTO
+from tandem.errors import UnsupportedModelError
+from tandem.wing import wing_of
+
+logger = logging.getLogger("tandem")
+
+# What "auto" pays at most, as a share of the time of products.
+_MAX_COST = 0.03
+
+
+def make_invariant(model: PreTrainedModel, choice: bool | str) -> bool:
+    """Does what `EngineConfig.batch_invariant` asks for; whether it is so now.
+
+    Raises:
+        UnsupportedModelError: it was insisted on, and can't be done.
+    """
+    if choice is False:
+        return False
+    wing = wing_of(model.device)
+    try:
+        wing.check_attention(model.dtype)
+        _check_linear(model)
+        costs = wing.use_own_products(model)
+    except UnsupportedModelError as error:
+        if choice != AUTO:
+            raise
+        logger.info("batch_invariant is off: %s", str(error).removeprefix("batch_invariant: "))
+        return False
+    said = ", ".join(f"{cost:+.0%}" for cost in costs.values())
+    rows = ", ".join(map(str, costs))
+    if choice == AUTO and max(costs.values()) > _MAX_COST:
+        wing.use_library_products(model)
+        logger.info("batch_invariant is off: products of %s rows would take %s", rows, said)
+        return False
+    logger.info("batch_invariant is on: products of %s rows take %s", rows, said)
+    return True
+
+
+def _check_linear(model: PreTrainedModel) -> None:
+    """Whether all products with weights are those of packed linear layers."""
+    for module in model.modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        if matrices and not isinstance(module, nn.Embedding):
+            raise UnsupportedModelError(
+                f"batch_invariant: {type(module).__name__} has weights outside packed layers; "
+                "their products may depend on what else is in the batch"
+            )
