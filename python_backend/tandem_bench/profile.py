@@ -29,7 +29,7 @@ from torch.nn.modules.module import (
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tandem import Engine, SamplingParams
-from tandem.cpu.kernels import AttentionKernel, LikeliestToken
+from tandem.cpu.kernels import LikeliestToken
 from tandem.metrics import EngineStats
 from tandem_bench.noise import foreign_share, read_rate
 from tandem_bench.settings import Settings, bar
@@ -41,21 +41,21 @@ _NUM_TURNS, _STEPS_A_TURN = 8, 8
 _PHASE, _GROUP = "phase:", "group:"
 # Matrix products: linear layers, attention, the head, and what a drafter multiplies.
 PRODUCT = re.compile(
-    r"tandem::(attention|attend|likeliest)|mkldnn::_linear_pointwise|onednn::.*|"
+    r"tandem::(paged_attention|attend|likeliest|multiply)|mkldnn::_linear_pointwise|onednn::.*|"
     r"aten::(linear|addmm|mm|bmm|matmul|baddbmm|mkldnn_linear|scaled_dot_product_attention|"
     r"_weight_int8pack_mm|_weight_int4pack_mm.*|_scaled_mm)"
 )
 # Kernels that torch's profiler doesn't know.
-_KERNELS = {"tandem::attention": AttentionKernel, "tandem::likeliest": LikeliestToken}
+_KERNELS = {"tandem::likeliest": LikeliestToken}
 _GROUP_OF_OPERATOR = (
     (
-        re.compile(r"tandem::att(ention|end)|aten::(_?scaled_dot_product.*|_fused_sdp.*)"),
+        re.compile(r"tandem::(paged_attention|attend)|aten::(_?scaled_dot_product.*|_fused_sdp.*)"),
         "attention products",
     ),
     (re.compile(r"tandem::likeliest"), "head"),
     (re.compile(r"tandem::write_kv|aten::index_copy_"), "K/V write"),
     # In a graph no module is called.
-    (re.compile(r"tandem::linear"), "linear layers"),
+    (re.compile(r"tandem::(linear|multiply)"), "linear layers"),
 )
 _GROUP_OF_CLASS = (
     ("Linear", "linear layers"),

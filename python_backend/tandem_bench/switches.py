@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tandem import Engine
 from tandem.cpu.blocked_matrix import BlockedMatrix
 from tandem.cpu.kernels import FusedRMSNorm
-from tandem.cpu.linear import Int8Linear, JoinedLinear
+from tandem.cpu.linear import Int8Linear, JoinedLinear, PackedLinear
 from tandem.cpu.packing import head_matrix
 from tandem.cpu.tied_embedding import TiedEmbedding
 from tandem.drafters.mtp import MTPDrafter
@@ -134,6 +134,13 @@ MECHANISMS: dict[str, Mechanism] = {
         _COMPILED_STEP,
         lambda engine: any(
             getattr(drafter, "compiled", None) is not None for drafter in engine.drafters.values()
+        ),
+    ),
+    "own products": Mechanism(
+        {"tandem.models.loading:make_invariant": _nothing},
+        lambda engine: any(
+            isinstance(module, PackedLinear) and module.memory is not None
+            for module in engine.verifier.model.modules()
         ),
     ),
     # Graphs call the kernel, so without it there are none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from doubles import plain, prompt_of
-from tandem import ConfigError, Engine, EngineConfig, SamplingParams
+from tandem import Engine, EngineConfig, SamplingParams, UnsupportedModelError
 from tandem.cpu.blocked_matrix import BlockedMatrix
-from tandem.cpu.kernels import FusedRMSNorm, attention_kernel, exp_sums, fuse_norms, likeliest_token
-from tandem.cpu.kernels.build import library
+from tandem.cpu.kernels import FusedRMSNorm, exp_sums, fuse_norms, likeliest_token
+from tandem.cpu.kernels.build import library, operator_library
+from tandem.cpu.kernels.operators import load_operators
 from tandem.cpu.packing import can_pack
 from tiny_engines import DEVICE, TinyModels
 
@@ -162,10 +164,10 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     """Nothing can be compiled, and nothing has been."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (library, attention_kernel):
+    for cached in (library, operator_library, load_operators):
         cached.cache_clear()
     yield
-    for cached in (library, attention_kernel):
+    for cached in (library, operator_library, load_operators):
         cached.cache_clear()
 
 
@@ -175,8 +177,11 @@ def test_without_a_compiler_the_text_is_the_same(
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
     requests = [(prompt_of(length), params) for length in (1, 9, 40)]
     expected = plain(engines("gemma-3"), requests)
+    caplog.set_level(logging.INFO)
     engine = engines.make("gemma-3")
     assert "no compiler for kernels" in caplog.text
+    assert "no compiler for operators" in caplog.text
+    assert "batch_invariant is off" in caplog.text
     assert plain(engine, requests) == expected
 
 
@@ -197,5 +202,5 @@ def test_a_compiler_that_fails_is_no_error(
 
 def test_batch_invariance_needs_the_kernels(tiny: TinyModels, no_compiler: None) -> None:
     config = EngineConfig(str(tiny.verifier("llama")), dtype="float32", batch_invariant=True)
-    with pytest.raises(ConfigError, match=r"batch_invariant needs .* install a C compiler"):
+    with pytest.raises(UnsupportedModelError, match=r"batch_invariant needs .* install a C\+\+ comp"):
         Engine(config)

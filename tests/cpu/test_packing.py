@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tandem import UnsupportedModelError
 from tandem.cpu.linear import Int8Linear, PackedLinear
-from tandem.cpu.packing import can_pack, fix_tiles, joinable, pack_linears
+from tandem.cpu.packing import can_pack, joinable, pack_linears
+from tandem.cpu.products import use_own_products
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="no oneDNN in this build of torch"
@@ -116,24 +117,34 @@ def test_a_part_is_never_of_other_rows() -> None:
         torch.testing.assert_close(model[index].weight, linears[index].weight)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("in_features", [16, 640, 2048, 2050])
 @torch.inference_mode()
-def test_in_tiles_a_row_is_the_same_among_any_others() -> None:
-    """Where they have AMX, processors compute one row in another way than many."""
-    layer = PackedLinear(nn.Linear(640, 2048, bias=False).bfloat16())
-    fix_tiles(nn.ModuleList([layer]))
-    rows = torch.randn(100, 640).bfloat16()
+def test_a_row_is_the_same_among_any_others(in_features: int, dtype: torch.dtype, bias: bool) -> None:
+    """Which oneDNN's products don't promise."""
+    layer = PackedLinear(nn.Linear(in_features, 2040, bias=bias, dtype=dtype))
+    use_own_products(nn.ModuleList([layer]))
+    rows = torch.randn(300, in_features).to(dtype)
     alone = torch.cat([layer(row) for row in torch.split(rows, 1)])
-    for count in (1, 5, 16, 33, 100):
+    for count in (1, 5, 16, 33, 100, 300):
         assert torch.equal(layer(rows[:count]), alone[:count])
         assert torch.equal(layer(rows[None, -count:]), alone[None, -count:])
-    torch.testing.assert_close(alone, layer.weight.matmul(rows.T).T, rtol=2e-2, atol=2e-2)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        alone, layer.multiply(rows, own=False), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_products_that_depend_on_other_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply = PackedLinear._multiply
-    monkeypatch.setattr(PackedLinear, "_multiply", lambda self, x: multiply(self, x) + x.sum())
+    multiply = PackedLinear.multiply
+
+    def depends(self: PackedLinear, rows: Tensor, *, own: bool) -> Tensor:
+        return multiply(self, rows, own=own) + rows.sum()
+
+    monkeypatch.setattr(PackedLinear, "multiply", depends)
     with pytest.raises(UnsupportedModelError, match="8 x 16 depends on the other rows"):
-        fix_tiles(nn.ModuleList([PackedLinear(nn.Linear(16, 8))]))
+        use_own_products(nn.ModuleList([PackedLinear(nn.Linear(16, 8))]))
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from tandem.cpu.kernels.operators import load_operators
 
 
-class AttentionKernel:
+class AttentionKernel(Protocol):
     """Attention of a packed row's queries over the block pool, in place."""
 
     def __call__(
@@ -36,13 +36,26 @@ class AttentionKernel:
         Returns:
             `[1, num_tokens, num_heads, head_dim]`.
         """
-        attended: Tensor = torch.ops.tandem.paged_attention(
-            query, keys, values, spans, tables, block_size, scaling, window or 0, causal
-        )
-        return attended
 
 
-@cache
+def _paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Tensor,
+    tables: Tensor,
+    block_size: int,
+    scaling: float,
+    window: int | None,
+    *,
+    causal: bool,
+) -> Tensor:
+    attended: Tensor = torch.ops.tandem.paged_attention(
+        query, keys, values, spans, tables, block_size, scaling, window or 0, causal
+    )
+    return attended
+
+
 def attention_kernel(device: torch.device) -> AttentionKernel | None:
     """The kernel for a device, or None if there is none."""
-    return AttentionKernel() if device.type == "cpu" and load_operators() else None
+    return _paged_attention if device.type == "cpu" and load_operators() else None

@@ -104,6 +104,12 @@ def load_operators() -> bool:
         logger.warning("can't load %s, running on torch's operations, which is slower", error)
         path.unlink(missing_ok=True)
         return False
+    _register_shapes()
+    return True
+
+
+@cache
+def _register_shapes() -> None:
     shapes: dict[str, Callable[..., Tensor]] = {
         "linear": _linear_shape,
         "once": torch.empty_like,
@@ -112,7 +118,6 @@ def load_operators() -> bool:
     }
     for name, shape in shapes.items():
         torch.library.register_fake(f"tandem::{name}", shape)
-    return True
 
 
 def _linear_shape(rows: Tensor, index: int, out_features: int) -> Tensor:
