@@ -1,106 +1,175 @@
-"""Whether an answer is the same alone and in a batch, with drafts and without, and what it costs.
+"""Whether an answer is the same, token by token, however it comes about.
 
-In bfloat16 two ways of computing the same thing round differently, and sooner or later a close
-decision falls otherwise; `batch_invariant` leaves one way only.
+Plain decoding of one prompt after the other is what everything else is compared with: batches, each
+drafter, other chunks, hits in the prefix cache, sequences that were preempted and computed again,
+and answers that go on from their own middle, which is then computed as part of a prompt. In a type
+as coarse as bfloat16 each of these would show where rounding depends on what else is in a pass.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tandem import Engine, Sequence
-from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar
 from tandem_bench.tables import Cells, table
 
 PART = "invariance"
-_CONCURRENCY = 16
-_TEMPERATURES = (0.0, 1.0)
+DTYPES = ("bfloat16", "float32")
+TEMPERATURES = (0.0, 0.8)
+_CONCURRENCIES = (8, 16)
+_CHUNKS = (16, 50, 200)
+# Enough for a few of the sequences that want to run.
+_CACHE_OF_FEW = {"kv_cache_tokens": 1536, "max_model_len": 1024}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer that is asked for, and the tokens that it should have."""
+
+    prompt: list[int]
+    seed: int
+    expected: list[int]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How all prompts are answered.
+
+    Attributes:
+        engine: what the engine is asked for beside the bench's own settings.
+        primes: prompts that are computed before, for the prefix cache.
+        jobs: what is asked for, of the jobs that plain decoding alone has done.
+    """
+
+    name: str
+    drafter: str = "none"
+    concurrency: int = 1
+    engine: dict[str, Any] = field(default_factory=dict)
+    primes: Callable[[Items[Job]], Items[list[int]]] = lambda _: ()
+    jobs: Callable[[Items[Job]], Items[Job]] = lambda jobs: jobs
+
+
+def ways(drafters: Items[str]) -> Iterator[Way]:
+    """All that is tried, those of one engine together."""
+    for concurrency in _CONCURRENCIES:
+        yield Way(f"{concurrency} at a time", "none", concurrency)
+    for drafter in drafters:
+        yield Way(f"{drafter} alone", drafter)
+        yield Way(f"{drafter}, 16 at a time", drafter, 16)
+    yield Way("from the middle", "none", 8, jobs=_from_the_middle)
+    for size in _CHUNKS:
+        engine = {"max_num_batched_tokens": size, "lookahead": "fixed"}
+        yield Way(f"chunks of {size}", "none", 4, engine)
+    engine = {"enable_prefix_caching": True}
+    yield Way("prefix hits", "none", 4, engine, _primes)
+    yield Way("hits of answers", drafters[-1], 4, engine, jobs=_from_the_middle)
+    yield Way("preempted", drafters[-1], 16, dict(_CACHE_OF_FEW))
 
 
 def run(settings: Settings) -> None:
-    """Answers all prompts in all ways that are not in `invariance.json` yet."""
-    results = settings.results(PART, ("num_prompts", "max_tokens"), concurrency=_CONCURRENCY)
-    todo = [
-        (invariant, temperature)
-        for invariant in (True, False)
-        for temperature in _TEMPERATURES
-        if name(invariant, temperature) not in results
-    ]
-    if not todo:
-        return
-    # Drafter, and requests at a time; the first is what the others are compared with.
-    ways = [("none", 1), *((drafter, _CONCURRENCY) for drafter in settings.drafters)]
-    ways.append((settings.drafters[-1], 1))
-    with bar(PART, len(todo) * len(ways), results) as shown:
-        engine, loaded = None, None
-        for invariant, temperature in todo:
-            if engine is None or loaded != invariant:
-                shown.say("loading")
-                config = settings.engine_config(max_num_seqs=_CONCURRENCY)
-                engine, loaded = Engine(replace(config, batch_invariant=invariant)), invariant
-            cell: dict[str, Any] = {}
-            expected: list[list[int]] = []
-            for drafter, concurrency in ways:
-                shown.say(f"{name(invariant, temperature)}, {drafter}, {concurrency} at a time")
-                (answers, seconds), around = undisturbed(
-                    partial(answer, engine, settings, drafter, concurrency, temperature)
-                )
-                expected = expected or answers
-                cell[f"{drafter}, {concurrency} at a time"] = {
-                    "same": sum(a == b for a, b in zip(answers, expected, strict=True)),
-                    "prompts": len(answers),
-                    "tokens_per_second": round(sum(map(len, answers)) / seconds, 1),
-                    **around,
-                }
+    """Answers all prompts in all ways, for the types that are not in `invariance.json` yet."""
+    results = settings.results(PART, ("num_prompts", "max_tokens"), temperatures=TEMPERATURES)
+    todo = [dtype for dtype in DTYPES if dtype not in results]
+    tried = list(ways([name for name in settings.drafters if name != "none"] or ["none"]))
+    with bar(PART, len(todo) * len(TEMPERATURES) * (1 + len(tried)), results) as shown:
+        for dtype in todo:
+            shown.say(f"{dtype}: loading")
+            engine, loaded = Engine(settings.engine_config(max_num_seqs=16, dtype=dtype)), {}
+            jobs: dict[float, list[Job]] = {}
+            for temperature in TEMPERATURES:
+                shown.say(f"{dtype}, temperature {temperature:g}: alone")
+                prompts = [Job(p, seed, []) for seed, p in enumerate(settings.prompts())]
+                found = answer(engine, settings, Way("alone"), prompts, temperature)
+                jobs[temperature] = [
+                    replace(job, expected=tokens)
+                    for job, tokens in zip(prompts, found, strict=True)
+                ]
                 shown.advance()
-            results.put(name(invariant, temperature), cell)
+            cell: dict[str, dict[str, int]] = {}
+            for way in tried:
+                if way.engine != loaded:
+                    del engine
+                    shown.say(f"{dtype}: loading")
+                    config = settings.engine_config(max_num_seqs=16, dtype=dtype, **way.engine)
+                    engine, loaded = Engine(config), way.engine
+                for temperature in TEMPERATURES:
+                    shown.say(f"{dtype}, temperature {temperature:g}: {way.name}")
+                    cell[f"{way.name}, temperature {temperature:g}"] = compare(
+                        engine, settings, way, jobs[temperature], temperature
+                    )
+                    shown.advance()
+            results.put(dtype, cell)
 
 
-def name(invariant: bool, temperature: float) -> str:
-    """What a cell is called."""
-    return f"batch_invariant {str(invariant).lower()}, temperature {temperature:g}"
+def compare(
+    engine: Engine, settings: Settings, way: Way, jobs: Items[Job], temperature: float
+) -> dict[str, int]:
+    """How many answers are the same, and that what was to be tried did happen."""
+    wanted = way.jobs(jobs)
+    for prompt in way.primes(jobs):
+        # Its answer isn't wanted.
+        one = replace(settings, max_tokens=1)
+        answer(engine, one, Way("prime"), [Job(prompt, 0, [0])], temperature)
+    preempted, hits = engine.load.num_preemptions, engine.stats.num_prefix_cache_hits
+    found = answer(engine, settings, way, wanted, temperature)
+    counted = {
+        "same": sum(a == job.expected for a, job in zip(found, wanted, strict=True)),
+        "answers": len(found),
+    }
+    if way.engine.get("enable_prefix_caching"):
+        counted["tokens_hit"] = engine.stats.num_prefix_cache_hits - hits
+    if "kv_cache_tokens" in way.engine:
+        counted["preemptions"] = engine.load.num_preemptions - preempted
+    return counted
 
 
 def answer(
-    engine: Engine, settings: Settings, drafter: str, concurrency: int, temperature: float
-) -> tuple[list[list[int]], float]:
-    """All answers, and how long they took."""
-    waiting = [
+    engine: Engine, settings: Settings, way: Way, jobs: Items[Job], temperature: float
+) -> list[list[int]]:
+    """The tokens of all answers."""
+    params = replace(settings.params, temperature=temperature)
+    sequences = [
         engine.make_sequence(
-            prompt, replace(settings.params, temperature=temperature, seed=seed), drafter=drafter
+            job.prompt,
+            replace(params, seed=job.seed, max_tokens=len(job.expected) or params.max_tokens),
+            drafter=way.drafter,
         )
-        for seed, prompt in enumerate(settings.prompts())
+        for job in jobs
     ]
-    sequences = list(waiting)
-    live: list[Sequence] = []
-    started = time.perf_counter()
+    waiting, live = list(sequences), list[Sequence]()
     while waiting or live:
-        while waiting and len(live) < concurrency:
+        while waiting and len(live) < way.concurrency:
             live.append(waiting.pop(0))
             engine.add(live[-1])
         engine.step()
         live = [sequence for sequence in live if not sequence.is_finished]
-    return [sequence.output_ids for sequence in sequences], time.perf_counter() - started
+    return [sequence.output_ids for sequence in sequences]
+
+
+def _primes(jobs: Items[Job]) -> list[list[int]]:
+    """Beginnings of the prompts, each of another length in relation to blocks."""
+    return [job.prompt[: max(1, len(job.prompt) - n)] for n, job in enumerate(jobs)]
+
+
+def _from_the_middle(jobs: Items[Job]) -> list[Job]:
+    """The answers from some place on: noise goes by place, so they go on as they did."""
+    cuts = [1 + 7 * n % (len(job.expected) - 1) for n, job in enumerate(jobs)]
+    return [
+        Job(job.prompt + job.expected[:cut], job.seed, job.expected[cut:])
+        for cut, job in zip(cuts, jobs, strict=True)
+    ]
 
 
 def summary(cells: Cells) -> str:
-    """A row for each mode and temperature: equal answers and speed in each way."""
-    ways = list(next(iter(cells.values())))
+    """A row for each way: equal answers of each type."""
     return table(
-        ["", *ways],
+        ["", *cells],
         [
-            [
-                key,
-                *(
-                    f"{cell[way]['same']}/{cell[way]['prompts']} same, "
-                    f"{cell[way]['tokens_per_second']:.0f} tokens/s"
-                    for way in ways
-                ),
-            ]
-            for key, cell in cells.items()
+            [way, *(f"{cell[way]['same']}/{cell[way]['answers']} same" for cell in cells.values())]
+            for way in next(iter(cells.values()))
         ],
     )

@@ -202,5 +202,5 @@ def test_a_compiler_that_fails_is_no_error(
 
 def test_batch_invariance_needs_the_kernels(tiny: TinyModels, no_compiler: None) -> None:
     config = EngineConfig(str(tiny.verifier("llama")), dtype="float32", batch_invariant=True)
-    with pytest.raises(UnsupportedModelError, match=r"batch_invariant needs .* install a C\+\+ comp"):
+    with pytest.raises(UnsupportedModelError, match=r"batch_invariant: .* install a C\+\+ comp"):
         Engine(config)

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The blocks that oneDNN has, and how many bytes of a row lie together in them.
+# The blocks that oneDNN has, and how many bytes of a row lie together in them: a pair of two-byte
+# elements or one.
 _BLOCKS = (64, 48, 32, 16)
 _WIDTH_BYTES = 4
+# How a shape was found to be packed: all matrices of it are.
+_known: dict[tuple[torch.dtype, torch.Size, int], tuple[int, int]] = {}
 # Rows that are compared at once.
 _CHUNK = 2**14
 
@@ -46,20 +49,29 @@ class BlockedMatrix:
         Args:
             packed: its opaque tensor, whose memory is shared.
         """
-        dense: Tensor = packed.to_dense()
         size = torch.ops.mkldnn._nbytes(packed)
         memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
         memory.owner = packed  # lives as long as its memory is used
-        flat = torch.frombuffer(memory, dtype=dense.dtype)
-        width = _WIDTH_BYTES // dense.itemsize
-        for block in _BLOCKS:
-            num_blocks = -(-len(dense) // block)
-            if len(flat) % (num_blocks * block * width):
-                continue
-            found = cls(flat.view(num_blocks, -1, block, width), (len(dense), dense.shape[1]))
-            if found._equals(dense):
-                return found
+        flat = torch.frombuffer(memory, dtype=packed.dtype)
+        kind = (packed.dtype, packed.shape, size)
+        if kind in _known:
+            return cls._of(flat, packed, *_known[kind])
+        dense: Tensor = packed.to_dense()
+        for width in sorted({_WIDTH_BYTES // dense.itemsize, 1}, reverse=True):
+            for block in _BLOCKS:
+                if len(flat) % (-(-len(dense) // block) * block * width):
+                    continue
+                found = cls._of(flat, packed, block, width)
+                if found._equals(dense):
+                    _known[kind] = block, width
+                    return found
         return None
+
+    @classmethod
+    def _of(cls, flat: Tensor, packed: Tensor, block: int, width: int) -> BlockedMatrix:
+        num_rows, num_columns = packed.shape
+        num_blocks = -(-num_rows // block)
+        return cls(flat.view(num_blocks, -1, block, width), (num_rows, num_columns))
 
     def _equals(self, matrix: Tensor) -> bool:
         has_columns = self.memory[0, :, 0].numel() >= self.shape[1]

@@ -26,7 +26,7 @@ from tandem.errors import UnsupportedModelError
 logger = logging.getLogger("tandem")
 
 # Results may differ from the model's own by rounding alone: by the root mean square, a share of it.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _NUM_EXAMPLE_BLOCKS = 6
 _MIN_BLOCK_SIZE = 2
 

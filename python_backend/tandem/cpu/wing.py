@@ -128,7 +128,7 @@ class CPUWing:
         """
         if self.attention_kernel(dtype) is None:
             raise UnsupportedModelError(
-                "batch_invariant needs Tandem's own attention: install a C++ compiler"
+                "batch_invariant: Tandem's own attention is needed: install a C++ compiler"
             )
 
     def use_own_products(self, model: nn.Module) -> dict[int, float]:

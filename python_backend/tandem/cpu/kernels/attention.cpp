@@ -344,21 +344,6 @@ void run(const Tensor &query, const Pool &pool, Tensor &output, const Tensor &sp
 
 }  // namespace
 
-bool has_bfloat16_products() {
-  static const bool found = [] {
-    const at::BFloat16 factors[64] = {};
-    float result[1];
-    try {
-      brgemm(1, 1, 32, 32, 1, 1, false, factors, factors, result, true);
-      at::native::cpublas::brgemm_release(true);
-      return true;
-    } catch (const std::exception &) {
-      return false;
-    }
-  }();
-  return found;
-}
-
 Tensor attend(const Tensor &query, const Pool &pool, const Tensor &spans, const Tensor &tables,
               int64_t block_size, double scaling, const Sight &sight, int num_threads) {
   const int64_t num_heads = query.size(1), num_tokens = query.size(2), dim = query.size(3);

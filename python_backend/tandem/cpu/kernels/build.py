@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -90,10 +91,10 @@ def _built(
     file = f"{name}-{key[:16]}.so"
 
     def compile_and_link(path: Path) -> None:
-        objects = []
-        for source in sources:
-            objects.append(str(path.with_name(f"{source.stem}.o")))
-            _run(compiler, *options, str(source), "-o", objects[-1])
+        objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
+        with ThreadPoolExecutor() as threads:
+            jobs = zip(sources, objects, strict=True)
+            list(threads.map(lambda job: _run(compiler, *options, str(job[0]), "-o", job[1]), jobs))
         _run(compiler, *_LINK, *objects, *link, "-o", str(path))
 
     try:
