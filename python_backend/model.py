@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -105,6 +106,10 @@ class TritonPythonModel:
             self._threads.append(sender)
         for thread in self._threads:
             thread.start()
+        # What there is now stays. Looking through it for garbage would hold up all streams for as
+        # long as many steps, each time that a request of many parts is read.
+        gc.collect()
+        gc.freeze()
 
     def _open_health(self, port: int) -> HealthServer | None:
         if not port:

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print one look as JSON and end")
 
     # For --help alone: `main` hands it on, with its own options.
-    commands.add_parser("doctor", help="check offline whether a drafter pays, and why not")
+    commands.add_parser("doctor", help="check offline whether drafters pay and answers are exact")
     return parser
 
 

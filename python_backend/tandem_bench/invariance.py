@@ -22,8 +22,9 @@ DTYPES = ("bfloat16", "float32")
 TEMPERATURES = (0.0, 0.8)
 _CONCURRENCIES = (8, 16)
 _CHUNKS = (16, 50, 200)
-# Enough for a few of the sequences that want to run.
-_CACHE_OF_FEW = {"kv_cache_tokens": 1536, "max_model_len": 1024}
+# So many sequences fit into the cache where they are to be preempted.
+_FEW = 4
+_MARGIN = 16
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,12 @@ class Way:
     jobs: Callable[[Items[Job]], Items[Job]] = lambda jobs: jobs
 
 
-def ways(drafters: Items[str]) -> Iterator[Way]:
-    """All that is tried, those of one engine together."""
+def ways(drafters: Items[str], longest: int) -> Iterator[Way]:
+    """All that is tried, those of one engine together.
+
+    Args:
+        longest: tokens of the longest prompt and its answer.
+    """
     for concurrency in _CONCURRENCIES:
         yield Way(f"{concurrency} at a time", "none", concurrency)
     for drafter in drafters:
@@ -67,18 +72,23 @@ def ways(drafters: Items[str]) -> Iterator[Way]:
     engine = {"enable_prefix_caching": True}
     yield Way("prefix hits", "none", 4, engine, _primes)
     yield Way("hits of answers", drafters[-1], 4, engine, jobs=_from_the_middle)
-    yield Way("preempted", drafters[-1], 16, dict(_CACHE_OF_FEW))
+    length = longest + _MARGIN
+    few = {"max_model_len": length, "kv_cache_tokens": _FEW * length}
+    yield Way("preempted", drafters[-1], 16, few)
 
 
 def run(settings: Settings) -> None:
     """Answers all prompts in all ways, for the types that are not in `invariance.json` yet."""
     results = settings.results(PART, ("num_prompts", "max_tokens"), temperatures=TEMPERATURES)
     todo = [dtype for dtype in DTYPES if dtype not in results]
-    tried = list(ways([name for name in settings.drafters if name != "none"] or ["none"]))
+    longest = max(map(len, settings.prompts())) + settings.max_tokens
+    drafters = [name for name in settings.drafters if name != "none"] or ["none"]
+    tried = list(ways(drafters, longest))
     with bar(PART, len(todo) * len(TEMPERATURES) * (1 + len(tried)), results) as shown:
         for dtype in todo:
             shown.say(f"{dtype}: loading")
-            engine, loaded = Engine(settings.engine_config(max_num_seqs=16, dtype=dtype)), {}
+            engine = Engine(settings.engine_config(max_num_seqs=16, dtype=dtype))
+            loaded: dict[str, Any] = {}
             jobs: dict[float, list[Job]] = {}
             for temperature in TEMPERATURES:
                 shown.say(f"{dtype}, temperature {temperature:g}: alone")

@@ -18,19 +18,21 @@ from transformers.utils import logging as transformers_logging
 from tandem import Engine, EngineConfig, TandemError
 from tandem.drafter_config import NO_DRAFTER
 from tandem_doctor.checkup import PROMPTS, TEMPERATURES, Checkup, check
+from tandem_doctor.exactness import Comparison, compare, num_answers
 
-OK, FAILED, INTERRUPTED = 0, 1, 130
+OK, FAILED, DIFFERENT, INTERRUPTED = 0, 1, 3, 130
 DEFAULT_CONFIG = Path("model_repository/tandem/1/model.json")
 
 _EPILOG = """examples:
   tandem doctor
   tandem doctor /models/tandem/1/model.json --drafter ngram --batch-size 8
   tandem doctor --prompts mine.txt --max-tokens 128 --json > checkup.json
+  tandem doctor --exact --prompts mine.txt
 
 PROMPTS is a text file with a prompt a line, or JSON Lines with a "prompt" in each.
 
 exit status: 0 checked, whatever was found; 1 it could not be checked; 2 wrong usage;
-130 interrupted
+3 with --exact, an answer differs; 130 interrupted
 """
 
 
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tandem doctor",
-        description="Checks offline whether a drafter pays for its verifier, and says why not.",
+        description="Checks offline whether a drafter pays for its verifier, and says why not; or "
+        "whether answers are the same however they are asked for.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,7 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="default: eight short ones")
     parser.add_argument("--max-tokens", type=_count, default=64, metavar="N", help="default: 64")
     parser.add_argument(
-        "--batch-size", type=_count, default=1, metavar="N", help="sequences at once (1)"
+        "--batch-size",
+        type=_count,
+        metavar="N",
+        help="sequences at once (1; with --exact as many as the model takes)",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="compare answers alone, in a batch and with each drafter, token by token",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -88,11 +99,13 @@ def _run(parsed: argparse.Namespace) -> int:
         if name == NO_DRAFTER or name not in config.max_lookaheads:
             known = ", ".join(n for n in config.max_lookaheads if n != NO_DRAFTER)
             raise ValueError(f"unknown drafter {name!r}; configured: {known or 'none'}")
-    if not names:
+    if not names and not parsed.exact:
         raise ValueError(f"{parsed.config} configures no drafter")
     log = Console(stderr=True)
     with log.status("loading the models and measuring costs"):
         engine = Engine(config)
+    if parsed.exact:
+        return _compare(engine, names, prompts, parsed, log)
     checkups = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=log, transient=True) as bar:
@@ -105,7 +118,7 @@ def _run(parsed: argparse.Namespace) -> int:
                     name,
                     prompts,
                     max_tokens=parsed.max_tokens,
-                    batch_size=parsed.batch_size,
+                    batch_size=parsed.batch_size or 1,
                     progress=lambda count, task=task: bar.advance(task, count),  # type: ignore[misc]
                 )
             )
@@ -115,6 +128,32 @@ def _run(parsed: argparse.Namespace) -> int:
         for checkup in checkups:
             show(checkup, Console())
     return OK
+
+
+def _compare(
+    engine: Engine,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    parsed: argparse.Namespace,
+    log: Console,
+) -> int:
+    columns = (TextColumn("comparing"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=log, transient=True) as bar:
+        task = bar.add_task("", total=num_answers(len(names), len(prompts), len(TEMPERATURES)))
+        comparisons = compare(
+            engine,
+            names,
+            prompts,
+            temperatures=TEMPERATURES,
+            max_tokens=parsed.max_tokens,
+            batch_size=parsed.batch_size or engine.config.max_num_seqs,
+            progress=lambda: bar.advance(task),
+        )
+    if parsed.json:
+        print(json.dumps([dataclasses.asdict(each) for each in comparisons], indent=2))
+    else:
+        show_comparisons(comparisons, Console())
+    return OK if all(each.same == each.answers for each in comparisons) else DIFFERENT
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -159,6 +198,21 @@ def show(checkup: Checkup, console: Console) -> None:
     if not checkup.findings:
         console.print("[green]Nothing is wrong.[/]")
     console.print()
+
+
+def show_comparisons(comparisons: Sequence[Comparison], console: Console) -> None:
+    """Prints what was compared with plain decoding alone, for people."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("T", "asked", "same answers"):
+        table.add_column(column, no_wrap=True)
+    for each in comparisons:
+        said = f"{each.same} of {each.answers}"
+        if each.first_difference is not None:
+            said += f"; one differs after {each.first_difference} tokens"
+        table.add_row(f"{each.temperature:g}", each.way, said)
+    console.print(table)
+    if all(each.same == each.answers for each in comparisons):
+        console.print("[green]Every answer is the same, token by token.[/]")
 
 
 if __name__ == "__main__":

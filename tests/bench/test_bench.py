@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from tandem import Engine
 from tandem_bench import figures, report, tables
 from tandem_bench.arrivals import poisson
 from tandem_bench.figures import Trace
+from tandem_bench.invariance import DTYPES, TEMPERATURES, Job, compare, ways
 from tandem_bench.results import Results, read
-from tandem_bench.settings import turned
+from tandem_bench.settings import Settings, turned
 from tandem_bench.workload import prompt_of_length, read_prompts, repeat_to_fill
 from tandem_runtime.paths import ROOT
 from tiny_engines import TinyModels
@@ -172,18 +174,30 @@ def test_answers_are_compared_in_every_way(tiny: TinyModels, tmp_path: Path) -> 
     write_model(tiny, tmp_path)
     subprocess.run(bench("invariance", tmp_path), check=True, timeout=300)
     cells = read(tmp_path / "out" / "invariance.json")["cells"]
-    assert len(cells) == 4
+    tried = [f"{way.name}, temperature {t:g}" for way in ways(["ngram"], 1) for t in TEMPERATURES]
+    assert list(cells) == list(DTYPES)
     for cell in cells.values():
-        assert list(cell) == [
-            "none, 1 at a time",
-            "none, 16 at a time",
-            "ngram, 16 at a time",
-            "ngram, 1 at a time",
-        ]
-        assert {(way["same"], way["prompts"]) for way in cell.values()} == {(2, 2)}
+        assert list(cell) == tried
+        assert {(way["same"], way["answers"]) for way in cell.values()} == {(2, 2)}
     subprocess.run(bench("report", tmp_path), check=True, timeout=300)
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| batch_invariant true, temperature 1 | 2/2 same, " in text
+    assert "| preempted, temperature 0.8 | 2/2 same | 2/2 same |" in text
+
+
+def test_hits_and_preemptions_do_happen(tiny: TinyModels, tmp_path: Path) -> None:
+    """Else nothing would be tried."""
+    write_model(tiny, tmp_path)
+    settings = Settings(tmp_path / "model.json", max_tokens=64)
+    jobs = [Job([3 + n] * (20 + n), n, [0] * 64) for n in range(16)]
+    by_name = {way.name: way for way in ways(["ngram"], longest=36 + 64)}
+    for name, counted in (
+        ("prefix hits", "tokens_hit"),
+        ("hits of answers", "tokens_hit"),
+        ("preempted", "preemptions"),
+    ):
+        way = by_name[name]
+        config = settings.engine_config(max_num_seqs=16, **way.engine)
+        assert compare(Engine(config), settings, way, jobs, 0.0)[counted] > 0
 
 
 @pytest.mark.slow

@@ -121,7 +121,9 @@ def test_a_part_is_never_of_other_rows() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("in_features", [16, 640, 2048, 2050])
 @torch.inference_mode()
-def test_a_row_is_the_same_among_any_others(in_features: int, dtype: torch.dtype, bias: bool) -> None:
+def test_a_row_is_the_same_among_any_others(
+    in_features: int, dtype: torch.dtype, bias: bool
+) -> None:
     """Which oneDNN's products don't promise."""
     layer = PackedLinear(nn.Linear(in_features, 2040, bias=bias, dtype=dtype))
     use_own_products(nn.ModuleList([layer]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch import Tensor
 
 from doubles import HalfDrafter, plain, prompt_of, run
 from tandem import Engine, SamplingParams, UnsupportedModelError
+from tandem.cpu import linear
+from tandem.cpu.linear import PackedLinear
 from tandem.models.verifier import VerifierOutput
 from tandem.requests.sequence import ScheduledSequence, Sequence
-from tiny_engines import DEVICE
+from tiny_engines import DEVICE, Engines
 from tiny_models import VERIFIERS
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="refused on a GPU")
@@ -84,21 +88,60 @@ def test_states_have_the_same_bits(
                 assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
 
 
-def test_products_outside_linear_layers_are_refused(engines) -> None:
+def test_products_outside_packed_layers_are_refused(engines) -> None:
     with pytest.raises(UnsupportedModelError, match="batch_invariant: Gemma4TextExperts has"):
         engines(MIXTURE, dtype="bfloat16", **SETTINGS)
 
 
-def test_it_would_show_otherwise(engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, what a prompt's chunks are makes a difference."""
-    settings = {**SETTINGS, "batch_invariant": False}
-    results = [
-        states(
-            engines("gemma-3", dtype="bfloat16", **settings, max_num_batched_tokens=size),
-            monkeypatch,
-            drafter="none",
+def test_the_default_leaves_out_what_cannot_be_had(
+    engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    engines.make(MIXTURE)
+    assert "batch_invariant is off: Gemma4TextExperts has weights outside packed" in caplog.text
+    caplog.clear()
+    engines.make("gemma-3", enforce_eager=True)
+    assert re.search(r"batch_invariant is (on|off): products of 1, 4, 16 rows", caplog.text)
+
+
+@pytest.mark.parametrize(("cost", "is_on"), [(0.02, True), (0.04, False)])
+def test_the_default_pays_next_to_nothing(
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cost: float,
+    is_on: bool,
+) -> None:
+    monkeypatch.setattr("tandem.cpu.wing.cost_of_own_products", lambda _: [-0.2, cost, 0.0])
+    caplog.set_level(logging.INFO)
+    engine = engines.make("gemma-3", enforce_eager=True)
+    layers = [m for m in engine.verifier.model.modules() if isinstance(m, PackedLinear)]
+    assert {layer.memory is not None for layer in layers} == {is_on}
+    assert f"-20%, +{cost:.0%}, +0%" in caplog.text
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_a_library_whose_products_depend_on_their_rows(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, batch_invariant: bool
+) -> None:
+    """They make a difference, unless they aren't used."""
+    product = linear._linear
+
+    def depends(rows: Tensor, *arguments: Any) -> Tensor:
+        result: Tensor = product(rows, *arguments)
+        return result + 1e-3 * (rows.shape[:-1].numel() % 3)
+
+    monkeypatch.setattr(linear, "_linear", depends)
+    settings = {**SETTINGS, "batch_invariant": batch_invariant}
+    results = []
+    for size in (256, 16):
+        engine = engines.make(
+            "gemma-3",
+            dtype="bfloat16",
+            **settings,
+            max_num_batched_tokens=size,
+            enforce_eager=True,
         )
-        for size in (256, 16)
-    ]
+        results.append(states(engine, monkeypatch, drafter="none"))
     pairs = [(a, b) for each in zip(*results, strict=True) for a, b in zip(*each, strict=True)]
-    assert not all(torch.equal(a, b) for a, b in pairs)
+    assert all(torch.equal(a, b) for a, b in pairs) == batch_invariant

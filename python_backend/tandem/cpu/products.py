@@ -34,7 +34,9 @@ def use_own_products(model: nn.Module) -> None:
         UnsupportedModelError: it can't be done for one of the layers.
     """
     if not load_operators():
-        raise UnsupportedModelError("batch_invariant: there is no C++ compiler for Tandem's own products")
+        raise UnsupportedModelError(
+            "batch_invariant: there is no C++ compiler for Tandem's own products"
+        )
     layers = _packed(model)
     for layer in layers:
         if layer.matrix is None or layer.in_features % 2:
@@ -43,8 +45,8 @@ def use_own_products(model: nn.Module) -> None:
                 "packed in a way that only oneDNN knows, or holds no numbers"
             )
         layer.memory = layer.matrix.memory
-    for layer in _by_shape(layers).values():
-        _check_rows(layer[0])
+    for alike in _by_shape(layers).values():
+        _check_rows(alike[0])
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -55,7 +57,7 @@ def use_onednn(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def cost_of_own_products(model: nn.Module) -> list[float]:
-    """What they take longer than oneDNN's, as a share, for each of `TIMED_ROWS`; below 0 if less."""
+    """What they take longer than oneDNN's, as a share, for each of `TIMED_ROWS`."""
     shares = []
     groups = _by_shape(_packed(model)).values()
     for count in TIMED_ROWS:

@@ -2,8 +2,8 @@
 
 All sequences of a pass lie in one row without padding. Each attends to its own slots of the pool.
 Where the wing has a kernel that reads the blocks in place, one call computes them all. Where there
-is none, matrix products do, sequence by sequence: in place where the blocks are contiguous, gathered
-where not.
+is none, matrix products do, sequence by sequence: in place where the blocks are contiguous, and
+gathered where not.
 """
 
 from __future__ import annotations
@@ -130,8 +130,9 @@ class PackedBatch:
                 spans.append((row, span.num_queries, span.kv_len, len(tables)))
                 tables += span.block_table[: -(-span.kv_len // self._block_size)]
                 row += span.num_queries
-            self._described = torch.tensor(spans, dtype=torch.int32), torch.tensor(
-                tables, dtype=torch.int32
+            self._described = (
+                torch.tensor(spans, dtype=torch.int32),
+                torch.tensor(tables, dtype=torch.int32),
             )
         return self._described
 
