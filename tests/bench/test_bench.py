@@ -189,15 +189,13 @@ def test_hits_and_preemptions_do_happen(tiny: TinyModels, tmp_path: Path) -> Non
     write_model(tiny, tmp_path)
     settings = Settings(tmp_path / "model.json", max_tokens=64)
     jobs = [Job([3 + n] * (20 + n), n, [0] * 64) for n in range(16)]
-    by_name = {way.name: way for way in ways(["ngram"], longest=36 + 64)}
-    for name, counted in (
-        ("prefix hits", "tokens_hit"),
-        ("hits of answers", "tokens_hit"),
-        ("preempted", "preemptions"),
-    ):
-        way = by_name[name]
-        config = settings.engine_config(max_num_seqs=16, **way.engine)
-        assert compare(Engine(config), settings, way, jobs, 0.0)[counted] > 0
+    *_, hits, of_answers, preempted = ways(["ngram"], longest=36 + 64)
+    assert hits.engine == of_answers.engine
+    engine = Engine(settings.engine_config(max_num_seqs=16, **hits.engine))
+    for way in (hits, of_answers):
+        assert compare(engine, settings, way, jobs, 0.0)["tokens_hit"] > 0
+    engine = Engine(settings.engine_config(max_num_seqs=16, **preempted.engine))
+    assert compare(engine, settings, preempted, jobs, 0.0)["preemptions"] > 0
 
 
 @pytest.mark.slow
