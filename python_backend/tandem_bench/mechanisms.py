@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 # An engine takes 1.6 GB.
 GROUPS: dict[str, tuple[str, ...]] = {
     "kernels": (
-        *(ALL, "likeliest in 8 bits", "exp sums"),
+        *(ALL, "likeliest in 8 bits", "exp sums", "own products"),
         *("joined linears", "int8 drafter weights"),
     ),
     "memory": (

@@ -113,7 +113,9 @@ MECHANISMS: dict[str, Mechanism] = {
         {"tandem.cpu.packing:tied_embedding": _nothing}, _has(TiedEmbedding)
     ),
     "blocked matrix": Mechanism(
-        {"tandem.cpu.blocked_matrix:BlockedMatrix.packed": classmethod(_dense)}, _reads_packed
+        {"tandem.cpu.blocked_matrix:BlockedMatrix.packed": classmethod(_dense)},
+        _reads_packed,
+        takes_along=("own products",),
     ),
     "joined linears": Mechanism({"tandem.cpu.wing:joinable": _none_joined}, _has(JoinedLinear)),
     "int8 drafter weights": Mechanism({"tandem.cpu.packing:_INT8_SIZE": 2**62}, _has(Int8Linear)),
@@ -147,7 +149,7 @@ MECHANISMS: dict[str, Mechanism] = {
     "attention kernel": Mechanism(
         {"tandem.cpu.wing:attention_kernel": _nothing, **_COMPILED_PASS, **_COMPILED_STEP},
         _finds("tandem.cpu.wing", "attention_kernel"),
-        takes_along=("compiled pass", "compiled drafter step"),
+        takes_along=("compiled pass", "compiled drafter step", "own products"),
     ),
 }
 

@@ -39,12 +39,13 @@ def use_own_products(model: nn.Module) -> None:
         )
     layers = _packed(model)
     for layer in layers:
-        if layer.matrix is None or layer.in_features % 2:
+        matrix = layer.matrix
+        if matrix is None or matrix.memory.shape[2] == 1 or layer.in_features % 2:
             raise UnsupportedModelError(
                 f"batch_invariant: a matrix of {layer.out_features} x {layer.in_features} is "
                 "packed in a way that only oneDNN knows, or holds no numbers"
             )
-        layer.memory = layer.matrix.memory
+        layer.memory = matrix.memory
     for alike in _by_shape(layers).values():
         _check_rows(alike[0])
 

@@ -151,7 +151,7 @@ class CPUWing:
 
     def attention_kernel(self, dtype: torch.dtype) -> AttentionKernel | None:
         """Attention over the pool in place, or None if there is none."""
-        return attention_kernel(self._device)
+        return attention_kernel(self._device, dtype)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float

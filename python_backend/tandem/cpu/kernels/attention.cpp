@@ -10,7 +10,6 @@
 
 #include "operators.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <omp.h>
 
@@ -260,11 +259,12 @@ class Attention {
     float *scores = own.by_query.data() + row * TILE;
     std::fill(scores, scores + first, HIDDEN);
     std::fill(scores + last, scores + TILE, HIDDEN);
-    Lanes parts[TILE / LANES], most;
-    for (int64_t i = 0; i < TILE / LANES; i++) {
-      parts[i] = load(scores + i * LANES) * scaling_;
+    Lanes parts[TILE / LANES];
+    for (int64_t i = 0; i < TILE / LANES; i++) parts[i] = load(scores + i * LANES) * scaling_;
+    Lanes most = parts[0];
+    for (int64_t i = 1; i < TILE / LANES; i++) {
       const Ints more = parts[i] > most;
-      most = i == 0 ? parts[0] : (Lanes)(((Ints)parts[i] & more) | ((Ints)most & ~more));
+      most = (Lanes)(((Ints)parts[i] & more) | ((Ints)most & ~more));
     }
     const float before = own.most[row], highest = std::max(before, largest(most));
     float *sums = own.sums.data() + row * LANES;

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tandem.cpu.kernels.operators import load_operators
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class AttentionKernel(Protocol):
     """Attention of a packed row's queries over the block pool, in place."""
@@ -56,6 +58,8 @@ def _paged_attention(
     return attended
 
 
-def attention_kernel(device: torch.device) -> AttentionKernel | None:
-    """The kernel for a device, or None if there is none."""
-    return _paged_attention if device.type == "cpu" and load_operators() else None
+def attention_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel | None:
+    """The kernel for a device and type, or None if there is none."""
+    if device.type != "cpu" or dtype not in _DTYPES or not load_operators():
+        return None
+    return _paged_attention

@@ -281,7 +281,6 @@ TORCH_LIBRARY(tandem, library) {
   library.def(
       "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor spans, Tensor tables, "
       "int block_size, float scaling, int window, bool causal) -> Tensor");
-  library.def("has_bfloat16_products() -> bool", &tandem::has_bfloat16_products);
 }
 
 TORCH_LIBRARY_IMPL(tandem, CPU, library) {
