@@ -104,6 +104,7 @@ def test_another_layout_only_takes_more_memory(
     requests = [(prompt_of(length), params) for length in (1, 9, 40)]
     expected = plain(engines("gemma-3"), requests)
     monkeypatch.setattr("tandem.cpu.blocked_matrix._BLOCKS", ())
+    monkeypatch.setattr("tandem.cpu.blocked_matrix._known", {})
     engine = engines.make("gemma-3")
     assert not isinstance(engine.verifier.model.get_input_embeddings(), TiedEmbedding)
     assert plain(engine, requests) == expected
