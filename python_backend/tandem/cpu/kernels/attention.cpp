@@ -26,6 +26,8 @@ using at::native::cpublas::brgemm;
 // Keys of a tile, and rows of queries that read it together: one for each token and head.
 constexpr int64_t TILE = 64, MAX_ROWS = 128;
 constexpr float HIDDEN = -1e30f;
+// Products of fewer elements gain nothing from a second thread, which may have to be waited for.
+constexpr int64_t MIN_SHARED = 1 << 16;
 
 int64_t rounded_up(int64_t number) { return (number + LANES - 1) / LANES * LANES; }
 
@@ -149,12 +151,16 @@ class Attention {
   void run(const Span *spans, int64_t num_spans, int num_threads) {
     const int64_t at_once = std::max<int64_t>(1, MAX_ROWS / groups_);
     std::vector<Task> tasks;
+    int64_t num_products = 0;
     for (const Span *span = spans; span < spans + num_spans; span++)
       for (int64_t start = 0; start < span->num_queries; start += at_once)
         for (int64_t head = 0; head < num_kv_heads_; head++)
           tasks.push_back({span, start, std::min(at_once, span->num_queries - start), head});
+    for (const Task &task : tasks)
+      num_products += task.count * groups_ * task.span->kv_len * dim_;
     const auto num_tasks = static_cast<int64_t>(tasks.size());
-#pragma omp parallel num_threads(num_threads) if (num_tasks > 1)
+    const bool is_shared = num_tasks > 1 && num_products >= MIN_SHARED;
+#pragma omp parallel num_threads(num_threads) if (is_shared)
     {
       // The last queries of a prompt see the most keys.
 #pragma omp for schedule(dynamic) nowait

@@ -20,6 +20,8 @@ namespace {
 // Rows of one product, and columns of the result that are computed for them while they are in the
 // caches.
 constexpr int64_t ROWS = 32, COLUMNS = 256, MAX_BLOCK = 64;
+// Products of fewer elements gain nothing from a second thread, which may have to be waited for.
+constexpr int64_t MIN_SHARED = 1 << 16;
 
 void write(const float *sums, int64_t count, const float *bias, float *to) {
   for (int64_t i = 0; i < count; i++) to[i] = bias ? sums[i] + bias[i] : sums[i];
@@ -73,7 +75,8 @@ void run(const Tensor &rows, const Tensor &memory, const std::optional<Tensor> &
   const Factor *from = rows.const_data_ptr<Factor>();
   const T *biases = bias ? bias->const_data_ptr<T>() : nullptr;
   T *to = product.mutable_data_ptr<T>();
-#pragma omp parallel num_threads(num_threads)
+  const bool is_shared = num_rows * in_features * out_features >= MIN_SHARED;
+#pragma omp parallel num_threads(num_threads) if (is_shared)
   {
     alignas(64) float sums[ROWS * MAX_BLOCK];
     thread_local std::vector<Factor> own;
