@@ -35,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is tried on every architecture is quick on two of them."""
-    slow = set(VERIFIERS) - {"gemma-3", "gemma-4-E2B"}
+    """What is tried on every architecture is quick on two of them, and so with single drafters."""
+    slow = set(VERIFIERS) - {"gemma-3", "gemma-4-E2B"} | {"ngram+mtp", "ngram+causal_lm"}
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(value, str) and value in slow for value in values):

@@ -65,6 +65,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=300)
 @given(values=CONFIG | JUNK)
+@pytest.mark.slow
 def test_junk_is_refused_in_one_line(path: Path, values: object) -> None:
     path.write_text(json.dumps(values))
     read(path)

@@ -184,6 +184,7 @@ def test_answers_are_compared_in_every_way(tiny: TinyModels, tmp_path: Path) -> 
     assert "| preempted, temperature 0.8 | 2/2 same | 2/2 same |" in text
 
 
+@pytest.mark.slow
 def test_hits_and_preemptions_do_happen(tiny: TinyModels, tmp_path: Path) -> None:
     """Else nothing would be tried."""
     write_model(tiny, tmp_path)

@@ -73,6 +73,7 @@ def full_blocks(num_tokens: int) -> int:
     return (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_every_verifier_writes_the_same_with_the_cache(
     engines: Engines, make_cached, verifier: str

@@ -51,6 +51,7 @@ def test_a_difference_is_found(engines: Engines, monkeypatch: pytest.MonkeyPatch
     assert found[1] == Comparison("ngram, 1 at a time", 0.0, 4, 5, 7)
 
 
+@pytest.mark.slow
 def test_the_command(
     tiny: TinyModels,
     tmp_path: Path,
