@@ -54,6 +54,9 @@ FAIR = (
     "failed to parse the request JSON buffer",
     "attempt to get members for non-object",
     "attempt to access JSON non-",
+    "Unable to parse 'data': Shape does not match",
+    # Of a key that holds a zero byte.
+    "was not found in the JSON",
     "models with decoupled transaction policy",
 )
 
