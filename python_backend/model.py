@@ -26,6 +26,12 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+# OpenMP's threads keep their cores while they wait for one another, for 16 ms unless told otherwise:
+# beside threads that read requests and send responses, steps then take several times as long.
+# After 50 us a core is free. It has to be said before torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from tandem import (
     Delta,
     Engine,
