@@ -26,9 +26,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-# OpenMP's threads keep their cores while they wait for one another, for 16 ms unless told otherwise:
-# beside threads that read requests and send responses, steps then take several times as long.
-# After 50 us a core is free. It has to be said before torch is loaded.
+# How often a thread of OpenMP looks for the next product before it sleeps: for 50 us. By default it
+# keeps its core for some 16 ms, from all else that runs. To be said before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

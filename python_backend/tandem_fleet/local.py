@@ -89,7 +89,6 @@ class Pod:
             grpc_port=self.grpc_port,
             metrics_port=self.metrics_port,
             extra_args=[*options, *self._extra_args],
-            shares_cores=self._cores is None,
         )
 
     def start(self) -> None:

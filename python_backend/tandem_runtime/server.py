@@ -21,9 +21,6 @@ LOG_DIRECTORY = TRITON / "log"
 # How long the server lets running requests finish once it was asked to stop.
 EXIT_TIMEOUT_SECONDS = 10
 _POLL_SECONDS = 0.1
-# How often a thread of OpenMP looks for the next product before it sleeps. By default it does so
-# for many milliseconds, in which it holds up the other servers.
-_SPIN_COUNT_SHARED = "1000"
 _LOG_LINES = 30
 # A configuration that doesn't parse, a model that doesn't load, and the server's own last words.
 _FAILURES = re.compile(
@@ -47,7 +44,6 @@ class TritonServer:
         grpc_port: likewise of the gRPC service.
         metrics_port: likewise of `/metrics`.
         log_file: all that the server and its models write.
-        shares_cores: whether other servers compute on the same ones.
     """
 
     def __init__(
@@ -61,10 +57,8 @@ class TritonServer:
         log_file: Path | str | None = None,
         log_verbose: int = 0,
         extra_args: Sequence[str] = (),
-        shares_cores: bool = False,
     ) -> None:
         self.host = host
-        self._openmp = {"GOMP_SPINCOUNT": _SPIN_COUNT_SHARED} if shares_cores else {}
         self.http_port, self.grpc_port, self.metrics_port = pick_ports(
             host, (http_port, grpc_port, metrics_port)
         )
@@ -124,7 +118,7 @@ class TritonServer:
             with self.log_file.open("wb") as log:
                 self._process = subprocess.Popen(
                     self._command,
-                    env={**self._openmp, **_environment(), "TANDEM_HOST": self.host},
+                    env={**_environment(), "TANDEM_HOST": self.host},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

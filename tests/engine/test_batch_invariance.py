@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from doubles import HalfDrafter, plain, prompt_of, run
-from tandem import Engine, SamplingParams, UnsupportedModelError
+from doubles import HalfDrafter, finish, plain, prompt_of, run
+from tandem import Engine, Guide, SamplingParams, UnsupportedModelError
 from tandem.cpu import linear
 from tandem.cpu.linear import PackedLinear
 from tandem.models.verifier import VerifierOutput
@@ -33,9 +36,25 @@ REQUESTS = [
         (length, temperature) for length in (1, 7, 30, 75) for temperature in (0.0, 1.0)
     )
 ]
+# Of these a grammar leaves but one.
+GUIDED = [
+    (prompt, replace(params, guide=Guide("regex", "the sum of [0-9]{2} and [0-9]{2}")))
+    for prompt, params in REQUESTS
+]
+SMALL = {"max_model_len": 100, "kv_cache_tokens": 200}
+CACHING = {"enable_prefix_caching": True}
+Request = tuple[list[int], SamplingParams]
+# How the engine comes by sequences that are to be answered.
+Way = Callable[[Engine, Items[Sequence]], None]
 
 
-def states(engine: Engine, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[list[Tensor]]:
+def states(
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    way: Way = run,
+    requests: Items[Request] = REQUESTS,
+    **options: Any,
+) -> list[list[Tensor]]:
     """The state behind each token of each answer, however they were computed."""
     found: dict[int, dict[int, Tensor]] = defaultdict(dict)
     forward = engine.verifier.forward
@@ -52,14 +71,37 @@ def states(engine: Engine, monkeypatch: pytest.MonkeyPatch, **options: Any) -> l
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.verifier, "forward", watch)
-        sequences = [engine.make_sequence(*request, **options) for request in REQUESTS]
-        run_all(engine, sequences, options.get("drafter") == "none")
+        sequences = [engine.make_sequence(*request, **options) for request in requests]
+        way(engine, sequences)
     return [[found[s.seed][p] for p in range(s.num_prompt_tokens, s.num_tokens)] for s in sequences]
 
 
-def run_all(engine: Engine, sequences: list[Sequence], alone: bool) -> None:
-    for group in [[s] for s in sequences] if alone else [sequences]:
-        run(engine, group)
+def alone(engine: Engine, sequences: Items[Sequence]) -> None:
+    for sequence in sequences:
+        run(engine, [sequence])
+
+
+def later_first(engine: Engine, sequences: Items[Sequence]) -> None:
+    """Each comes when the one before it has begun."""
+    for sequence in reversed(sequences):
+        engine.add(sequence)
+        engine.step()
+    finish(engine)
+
+
+def preempted(engine: Engine, sequences: Items[Sequence]) -> None:
+    before = engine.load.num_preemptions
+    run(engine, sequences)
+    assert engine.load.num_preemptions > before
+
+
+def behind_prefix_hits(engine: Engine, sequences: Items[Sequence]) -> None:
+    for number, sequence in enumerate(sequences):
+        prefix = sequence.token_ids[: -1 - number % 5] or sequence.token_ids
+        run(engine, [engine.make_sequence(prefix, SamplingParams(max_tokens=1))])
+    before = engine.stats.num_prefix_cache_hits
+    run(engine, sequences)
+    assert engine.stats.num_prefix_cache_hits > before
 
 
 @pytest.mark.parametrize(
@@ -76,7 +118,7 @@ def test_states_have_the_same_bits(
     settings = {**SETTINGS, "dtype": "bfloat16", "enforce_eager": enforce_eager}
     engine = engines(name, **settings)
     assert (engine.verifier.compiled is None) == enforce_eager
-    expected = states(engine, monkeypatch, drafter="none")
+    expected = states(engine, monkeypatch, alone, drafter="none")
     outputs = dict(enumerate(plain(engine, REQUESTS)))
     for max_num_batched_tokens in (256, 40):
         other = engines(name, **settings, max_num_batched_tokens=max_num_batched_tokens)
@@ -121,10 +163,27 @@ def test_the_default_pays_next_to_nothing(
 
 
 @pytest.mark.parametrize("batch_invariant", [True, False])
+@pytest.mark.parametrize(
+    ("way", "requests", "drafter", "settings"),
+    [
+        pytest.param(run, REQUESTS, "none", {}, id="together"),
+        pytest.param(alone, REQUESTS, "none", {"max_num_batched_tokens": 16}, id="chunks"),
+        pytest.param(later_first, REQUESTS, "none", {}, id="order of arrival"),
+        pytest.param(preempted, REQUESTS, "none", SMALL, id="preemption"),
+        pytest.param(behind_prefix_hits, REQUESTS, "none", CACHING, id="prefix hits"),
+        pytest.param(alone, GUIDED, "ngram", {}, id="forced tokens"),
+    ],
+)
 def test_a_library_whose_products_depend_on_their_rows(
-    engines: Engines, monkeypatch: pytest.MonkeyPatch, batch_invariant: bool
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    way: Way,
+    requests: Items[Request],
+    drafter: str,
+    settings: dict[str, Any],
+    batch_invariant: bool,
 ) -> None:
-    """They make a difference, unless they aren't used."""
+    """They make a difference, whatever the way to an answer, unless they aren't used."""
     product = linear._linear
 
     def depends(rows: Tensor, *arguments: Any) -> Tensor:
@@ -132,16 +191,16 @@ def test_a_library_whose_products_depend_on_their_rows(
         return result + 1e-3 * (rows.shape[:-1].numel() % 3)
 
     monkeypatch.setattr(linear, "_linear", depends)
-    settings = {**SETTINGS, "batch_invariant": batch_invariant}
-    results = []
-    for size in (256, 16):
-        engine = engines.make(
-            "gemma-3",
-            dtype="bfloat16",
-            **settings,
-            max_num_batched_tokens=size,
-            enforce_eager=True,
-        )
-        results.append(states(engine, monkeypatch, drafter="none"))
-    pairs = [(a, b) for each in zip(*results, strict=True) for a, b in zip(*each, strict=True)]
+    common = {**SETTINGS, "dtype": "bfloat16", "batch_invariant": batch_invariant}
+    with monkeypatch.context() as patch:
+        patch.setattr("tandem.engine.force", lambda _: None)
+        engine = engines("gemma-3", **common)
+        expected = states(engine, monkeypatch, alone, requests, drafter="none")
+    other = engines("gemma-3", **common, **settings)
+    found = states(other, monkeypatch, way, requests, drafter=drafter)
+    pairs = [
+        (a, b)
+        for each in zip(found, expected, strict=True)
+        for a, b in zip(*each, strict=batch_invariant)
+    ]
     assert all(torch.equal(a, b) for a, b in pairs) == batch_invariant

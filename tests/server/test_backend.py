@@ -130,8 +130,11 @@ def test_with_a_core_to_spare_responses_leave_during_the_steps(
     private_repository: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
     with TritonServer(private_repository) as server:
         check_32_clients(server, engine)
+        # A thread that waits for others keeps its core for a moment only.
+        assert "GOMP_SPINCOUNT = '1000'" in server.log_file.read_text(encoding="utf-8")
 
 
 def check_32_clients(server: TritonServer, engine: Engine) -> None:

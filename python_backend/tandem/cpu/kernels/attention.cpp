@@ -26,8 +26,6 @@ using at::native::cpublas::brgemm;
 // Keys of a tile, and rows of queries that read it together: one for each token and head.
 constexpr int64_t TILE = 64, MAX_ROWS = 128;
 constexpr float HIDDEN = -1e30f;
-// Products of fewer elements gain nothing from a second thread, which may have to be waited for.
-constexpr int64_t MIN_SHARED = 1 << 16;
 
 int64_t rounded_up(int64_t number) { return (number + LANES - 1) / LANES * LANES; }
 
@@ -39,11 +37,8 @@ Lanes load(const float *from) {
 
 void store(float *to, Lanes value) { memcpy(to, &value, sizeof value); }
 
-// To the nearest, ties to even; for numbers and infinities, and NaN stays one.
 void store(at::BFloat16 *to, Lanes value) {
-  const Words bits = (Words)value, nan = (Words)(value != value);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Halves result = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+  const Halves result = to_bfloat16(value);
   memcpy(to, &result, sizeof result);
 }
 

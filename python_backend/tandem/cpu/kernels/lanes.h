@@ -12,6 +12,13 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
+// To bfloat16, to the nearest, ties to even; NaN stays one.
+INLINE Halves to_bfloat16(Lanes value) {
+  const Words bits = (Words)value, nan = (Words)(value != value);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+}
+
 #ifndef __cplusplus
 #ifdef BFLOAT16
 typedef uint16_t Element;
@@ -23,10 +30,7 @@ INLINE Lanes load(const Element *from) {
 }
 
 INLINE void store(Element *to, Lanes value) {
-  Words bits = (Words)value;
-  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
-  Words nan = (Words)(value != value);
-  Halves result = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+  Halves result = to_bfloat16(value);
   memcpy(to, &result, sizeof result);
 }
 #else

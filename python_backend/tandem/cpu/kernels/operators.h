@@ -10,6 +10,9 @@ namespace tandem {
 
 using at::Tensor;
 
+// Products of fewer elements gain nothing from a second thread, which may have to be waited for.
+constexpr int64_t MIN_SHARED = 1 << 16;
+
 struct Pool {
   Tensor keys, values;  // [num_slots, num_kv_heads, head_dim]
 };

@@ -20,8 +20,6 @@ namespace {
 // Rows of one product, and columns of the result that are computed for them while they are in the
 // caches.
 constexpr int64_t ROWS = 32, COLUMNS = 256, MAX_BLOCK = 64;
-// Products of fewer elements gain nothing from a second thread, which may have to be waited for.
-constexpr int64_t MIN_SHARED = 1 << 16;
 
 void write(const float *sums, int64_t count, const float *bias, float *to) {
   for (int64_t i = 0; i < count; i++) to[i] = bias ? sums[i] + bias[i] : sums[i];
@@ -31,11 +29,9 @@ void write(const float *sums, int64_t count, const at::BFloat16 *bias, at::BFloa
   int64_t i = 0;
   if (bias == nullptr)
     for (; i + LANES <= count; i += LANES) {
-      Words bits;
-      memcpy(&bits, sums + i, sizeof bits);
-      const Words nan = (Words)((Lanes)bits != (Lanes)bits);
-      const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      const Halves result = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+      Lanes some;
+      memcpy(&some, sums + i, sizeof some);
+      const Halves result = to_bfloat16(some);
       memcpy(to + i, &result, sizeof result);
     }
   for (; i < count; i++) to[i] = bias ? sums[i] + static_cast<float>(bias[i]) : sums[i];
