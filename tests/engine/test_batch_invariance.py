@@ -166,12 +166,16 @@ def test_the_default_pays_next_to_nothing(
 @pytest.mark.parametrize(
     ("way", "requests", "drafter", "settings"),
     [
-        pytest.param(run, REQUESTS, "none", {}, id="together"),
+        pytest.param(run, REQUESTS, "none", {}, id="together", marks=pytest.mark.slow),
         pytest.param(alone, REQUESTS, "none", {"max_num_batched_tokens": 16}, id="chunks"),
-        pytest.param(later_first, REQUESTS, "none", {}, id="order of arrival"),
-        pytest.param(preempted, REQUESTS, "none", SMALL, id="preemption"),
-        pytest.param(behind_prefix_hits, REQUESTS, "none", CACHING, id="prefix hits"),
-        pytest.param(alone, GUIDED, "ngram", {}, id="forced tokens"),
+        pytest.param(
+            later_first, REQUESTS, "none", {}, id="order of arrival", marks=pytest.mark.slow
+        ),
+        pytest.param(preempted, REQUESTS, "none", SMALL, id="preemption", marks=pytest.mark.slow),
+        pytest.param(
+            behind_prefix_hits, REQUESTS, "none", CACHING, id="prefix hits", marks=pytest.mark.slow
+        ),
+        pytest.param(alone, GUIDED, "ngram", {}, id="forced tokens", marks=pytest.mark.slow),
     ],
 )
 def test_a_library_whose_products_depend_on_their_rows(
