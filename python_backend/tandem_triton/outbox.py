@@ -27,7 +27,7 @@ logger = logging.getLogger("tandem")
 # Of the time of the steps, for responses that may wait.
 _SHARE = 0.03
 # After which they wait no longer.
-_MAX_WAIT_SECONDS = 0.1
+_MAX_WAIT_SECONDS = 0.2
 # From an end until its client's next request is here, when it comes at once.
 _ANSWER_SECONDS = 0.003
 
