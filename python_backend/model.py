@@ -26,8 +26,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-# How often a thread of OpenMP looks for the next product before it sleeps: for 50 us. By default it
-# keeps its core for some 16 ms, from all else that runs. To be said before torch is loaded.
+# How often a thread of OpenMP looks for the next product before it sleeps. By default it is 300,000
+# times, some milliseconds in which nothing else has its core. To be said before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
