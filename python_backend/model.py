@@ -68,6 +68,8 @@ _HANG_SECONDS = 120.0
 # Requests that are read at once: tokenizing a long text takes as long as many steps. A guide may
 # take seconds, so those that have one don't hold up the others.
 _READERS = _GUIDE_READERS = 2
+# Where threads want more cores than there are, steps have ten times as much as those who read.
+_READERS_NICENESS = 10
 # So long a thread that reads keeps the interpreter from a step, which needs it between any two
 # operations: Python's own 5 ms would make a step ten times as long.
 _SWITCH_SECONDS = 0.0005
@@ -95,8 +97,8 @@ class TritonPythonModel:
         self._lock = threading.Lock()
         self._requests: dict[Sequence, Request] = {}
         self._num_reading = 0
-        self._readers = ThreadPoolExecutor(_READERS, "tandem-read")
-        self._guide_readers = ThreadPoolExecutor(_GUIDE_READERS, "tandem-read-guide")
+        self._readers = ThreadPoolExecutor(_READERS, "tandem-read", _be_nice)
+        self._guide_readers = ThreadPoolExecutor(_GUIDE_READERS, "tandem-read-guide", _be_nice)
         self._outbox = Outbox()
         self._sends_between_steps = wing_of(self._engine.verifier.model.device).occupies_host
         self._shutdown_signal = ShutdownSignal()
@@ -344,6 +346,11 @@ class TritonPythonModel:
                 for sequence, owner in live:
                     if owner is request and sequence.cancellation is None:
                         self._engine.cancel(sequence, reason)
+
+
+def _be_nice() -> None:
+    """Lets this thread, which reads, give way to steps."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _READERS_NICENESS)
 
 
 def _refuse(request: Request, error: TandemError) -> None:

@@ -26,8 +26,9 @@ logger = logging.getLogger("tandem")
 
 # Of the time of the steps, for responses that may wait.
 _SHARE = 0.03
-# After which they wait no longer.
+# After which they wait no longer, unless more than so many a second would leave for that.
 _MAX_WAIT_SECONDS = 0.2
+_MAX_IMPATIENT_PER_SECOND = 100
 # From an end until its client's next request is here, when it comes at once.
 _ANSWER_SECONDS = 0.003
 
@@ -107,7 +108,8 @@ class Outbox:
             may_wait = self._patient and not self._beginning and not self._ending
             if may_wait and self._credit <= 0 and time.monotonic() >= answered_by:
                 oldest = self._parcels[next(iter(self._patient))]
-                if time.monotonic() - oldest.since < _MAX_WAIT_SECONDS:
+                most = min(_MAX_WAIT_SECONDS, len(self._patient) / _MAX_IMPATIENT_PER_SECOND)
+                if time.monotonic() - oldest.since < most:
                     return None
             return self._take()
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 
@@ -135,6 +137,25 @@ def test_with_a_core_to_spare_responses_leave_during_the_steps(
         check_32_clients(server, engine)
         # A thread that waits for others keeps its core for a moment only.
         assert "GOMP_SPINCOUNT = '1000'" in server.log_file.read_text(encoding="utf-8")
+
+
+def test_threads_that_read_give_way_to_steps(server: TritonServer) -> None:
+    """Both are busy with this; where there are too few cores the steps have them."""
+    with Stream(server) as stream:
+        stream.send("it", "a text", max_tokens=20, guided_decoding={"regex": "[0-9]{3}"})
+        assert len(stream.responses(1)["it"].text) == 3
+    children = psutil.Process().children(recursive=True)
+    (stub,) = (
+        child
+        for child in children
+        if "stub" in child.name() and any("/tandem/1" in each for each in child.cmdline())
+    )
+    stats = [path.read_text() for path in Path(f"/proc/{stub.pid}/task").glob("*/stat")]
+    nice = Counter(int(stat.rpartition(")")[2].split()[16]) for stat in stats)
+    assert nice.keys() == {0, 10}
+    assert 2 <= nice[10] <= 4  # for guides there are others
+    checkers = [child for child in stub.children() if "check_guides" in " ".join(child.cmdline())]
+    assert [child.nice() for child in checkers] == [15] * len(checkers) != []
 
 
 def check_32_clients(server: TritonServer, engine: Engine) -> None:

@@ -8,7 +8,6 @@ guide as llguidance's matcher takes it, or `{"error": ...}`.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import sys
@@ -56,7 +55,6 @@ def main() -> None:
     """Answers until its input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(10)  # a guide that takes long leaves the cores to the sequences that run
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_serve)
     thread.start()

@@ -26,6 +26,7 @@ from tandem.requests.params import Guide
 _NUM_PROCESSES = 2
 # With all that a busy machine does besides.
 _WALL_SECONDS = 20.0
+_NICENESS = 15
 _MAX_MESSAGE = 300
 
 
@@ -88,7 +89,7 @@ def refusal(guide: Guide, reason: str) -> str:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [_python(), check_guides.__file__],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
@@ -97,6 +98,10 @@ def _start() -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # a terminal's Ctrl-C is not for it
     )
+    # From its first import on, it leaves the cores to the sequences that run.
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+    return process
 
 
 def _python() -> str:
