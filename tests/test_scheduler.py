@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from block_tables import num_blocks_of
 from tandem import FinishReason, SamplingParams, Sequence
 from tandem.cache.block_pool import BlockPool
+from tandem.cache.layer_groups import LayerGroup
 from tandem.lookahead.prompt_budget import PromptLimits
 from tandem.requests.sequence import ScheduledSequence
 from tandem.scheduler import Scheduler
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 24
+MAX_LAG = 3
 
 
 def sequence(num_prompt: int, max_tokens: int = 8, limit: int = 0, number: int = 0) -> Sequence:
@@ -30,8 +34,18 @@ def sequence(num_prompt: int, max_tokens: int = 8, limit: int = 0, number: int =
     )
 
 
-def commit(scheduler: Scheduler, scheduled: ScheduledSequence, drafts: int, accepted: int) -> None:
-    """What the engine does after a pass, without a model."""
+def commit(
+    scheduler: Scheduler,
+    scheduled: ScheduledSequence,
+    drafts: int,
+    accepted: int,
+    num_cached: Callable[[Sequence], int] = lambda one: one.num_computed,
+) -> None:
+    """What the engine does after a pass, without a model.
+
+    Args:
+        num_cached: as a drafter's.
+    """
     one = scheduled.sequence
     yields = scheduled.yields_token
     one.num_computed += scheduled.num_tokens
@@ -46,39 +60,72 @@ def commit(scheduler: Scheduler, scheduled: ScheduledSequence, drafts: int, acce
                 break
         else:
             one.num_computed += min(drafts, accepted)
-    scheduler.pool.share(one, one.num_computed)
+    num_tokens = num_cached(one)
+    scheduler.pool.share(one, num_tokens)
     if one.is_finished:
         scheduler.remove(one)
     else:
         scheduler.pool.shrink(one, one.num_tokens)
+        scheduler.pool.release(one, num_tokens)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """A whole engine but for the model: drafts are accepted as the test pleases."""
+    """A whole engine but for the model: drafts are accepted as the test pleases.
+
+    `contents` is what a cache would hold: for each slot of a group all tokens up to the one whose
+    K/V were written last. What a pass reads in it has to be the sequence's own.
+    """
 
     @initialize(
         num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 14),
+        windows=st.sampled_from([[None], [None, 5], [None, 8], [None, 3, 10], [8], [5, 9]]),
+        fewer=st.integers(0, 6),
         max_num_seqs=st.integers(1, 5),
         spare_tokens=st.integers(0, 10),
         caching=st.booleans(),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, spare_tokens: int, caching: bool) -> None:
+    def start(
+        self,
+        num_blocks: int,
+        windows: list[int | None],
+        fewer: int,
+        max_num_seqs: int,
+        spare_tokens: int,
+        caching: bool,
+    ) -> None:
+        max_num_batched_tokens = max_num_seqs + spare_tokens
+        groups = []
+        for window in windows:
+            # Enough for one sequence.
+            least = num_blocks
+            if window is not None:
+                least = -(-(window + 2 + max_num_batched_tokens + MAX_LAG) // BLOCK_SIZE) + 2
+            groups.append(LayerGroup(window, max(min(least, num_blocks), num_blocks - fewer)))
         self.scheduler = Scheduler(
-            BlockPool(num_blocks, BLOCK_SIZE, enable_prefix_caching=caching),
+            BlockPool(groups, BLOCK_SIZE, enable_prefix_caching=caching),
             max_num_seqs,
-            max_num_seqs + spare_tokens,
+            max_num_batched_tokens,
             MAX_MODEL_LEN,
         )
         self.live: list[Sequence] = []
+        self.ended: list[list[int]] = []
+        self.contents: dict[tuple[int, int], list[int]] = {}
+        self.lags: dict[int, int] = {}
+        self.cached: dict[int, int] = {}
         self.num_added = 0
 
     @rule(
-        num_prompt=st.integers(1, MAX_MODEL_LEN - 1),
+        prompt=st.lists(st.sampled_from([0, 9]), min_size=1, max_size=MAX_MODEL_LEN - 1),
+        goes_on=st.none() | st.integers(0, 3),
         max_tokens=st.integers(1, 12),
         limit=st.integers(0, 6),
     )
-    def arrive(self, num_prompt: int, max_tokens: int, limit: int) -> None:
-        one = sequence(num_prompt, max_tokens, limit, self.num_added)
+    def arrive(self, prompt: list[int], goes_on: int | None, max_tokens: int, limit: int) -> None:
+        """Often a sequence that goes on where another has ended."""
+        if goes_on is not None and goes_on < len(self.ended):
+            prompt = (self.ended[-1 - goes_on] + prompt)[: MAX_MODEL_LEN - 1]
+        one = sequence(len(prompt), max_tokens, limit, self.num_added)
+        one.token_ids = list(prompt)
         self.num_added += 1
         self.scheduler.add(one)
         self.live.append(one)
@@ -108,8 +155,43 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(batch) == had_work
         for scheduled in batch:
             drafts = choose(scheduled.num_draft_tokens)
-            commit(scheduler, scheduled, drafts, choose(drafts))
+            accepted = choose(drafts)
+            self.compute(scheduled, [9] * accepted + [5] * (drafts - accepted))
+            self.lags[scheduled.sequence.id] = choose(MAX_LAG)
+            commit(scheduler, scheduled, drafts, accepted, self.num_cached)
+        self.ended += [one.token_ids for one in self.live if one.is_finished]
         self.live = [one for one in self.live if not one.is_finished]
+
+    def compute(self, scheduled: ScheduledSequence, draft_ids: list[int]) -> None:
+        """Reads and writes what a pass does, and a drafter that is behind as far as it may be."""
+        one = scheduled.sequence
+        start = one.num_computed
+        known = one.token_ids[: start + scheduled.num_tokens] + draft_ids
+        for number, group in enumerate(self.scheduler.pool.groups):
+            for position in range(self.num_cached(one), len(known)):
+                first = 0
+                if group.window is not None:
+                    # An assistant's query stands behind the computed tokens; its window includes
+                    # both ends.
+                    reach = group.window + 1 if position == start else group.window - 1
+                    first = max(0, position - reach)
+                for read in range(first, min(position, start)):
+                    assert self.contents[number, self.slot(one, number, read)] == known[: read + 1]
+                if position >= start:
+                    slot = self.slot(one, number, position)
+                    self.contents[number, slot] = known[: position + 1]
+
+    def num_cached(self, one: Sequence) -> int:
+        """Tokens that a drafter has, which is behind now and then and never loses any."""
+        before = min(self.cached.get(one.id, 0), one.num_computed)
+        now = max(before, one.num_cached_tokens, one.num_computed - self.lags.get(one.id, 0))
+        self.cached[one.id] = now
+        return now
+
+    def slot(self, one: Sequence, group: int, position: int) -> int:
+        table = one.block_tables[group]
+        assert position // BLOCK_SIZE >= table.start
+        return table.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
     def check_batch(self, batch: list[ScheduledSequence], decoding: list[Sequence]) -> None:
         scheduler = self.scheduler
@@ -124,7 +206,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for one in batch:
             assert one.num_tokens >= 1
             last = one.sequence.num_computed + one.num_tokens + one.num_draft_tokens
-            assert last <= len(one.sequence.block_table) * BLOCK_SIZE
+            for table in one.sequence.block_tables:
+                assert last <= len(table.blocks) * BLOCK_SIZE
             assert one.num_draft_tokens == 0 or one.yields_token
             remaining = one.sequence.params.max_tokens - one.sequence.num_output_tokens
             assert one.num_draft_tokens <= max(0, remaining - 1)
@@ -138,7 +221,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         queued = [*self.scheduler.running, *self.scheduler.waiting]
         assert sorted(one.id for one in queued) == sorted(one.id for one in self.live)
-        assert all(not one.block_table for one in self.scheduler.waiting)
+        assert all(num_blocks_of(one) == 0 for one in self.scheduler.waiting)
 
     def teardown(self) -> None:
         """Everything ends, and nothing is left in the pool."""
@@ -160,7 +243,7 @@ TestScheduler = SchedulerMachine.TestCase
 
 def test_drafts_go_before_a_sequence_is_preempted() -> None:
     """A sequence that can't have blocks for its drafts decodes without them."""
-    scheduler = Scheduler(BlockPool(2, BLOCK_SIZE), 2, 32, MAX_MODEL_LEN)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 2)], BLOCK_SIZE), 2, 32, MAX_MODEL_LEN)
     first, second = sequence(3, 8, 4), sequence(3, 8, 4, 1)
     scheduler.add(first)
     scheduler.add(second)
@@ -174,7 +257,7 @@ def test_drafts_go_before_a_sequence_is_preempted() -> None:
 
 def test_the_youngest_is_preempted_and_resumes_first() -> None:
     """It goes to the head of the queue, before those that never ran."""
-    scheduler = Scheduler(BlockPool(2, BLOCK_SIZE), 2, 32, 8)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 2)], BLOCK_SIZE), 2, 32, 8)
     first, second, third = (sequence(4, 8, 0, number) for number in range(3))
     for one in (first, second, third):
         scheduler.add(one)
@@ -190,7 +273,7 @@ def test_the_youngest_is_preempted_and_resumes_first() -> None:
 
 def test_a_preempted_sequence_finds_its_blocks_again() -> None:
     """Its prompt's two blocks were free in the meantime, and nobody needed them."""
-    scheduler = Scheduler(BlockPool(5, BLOCK_SIZE), 2, 32, 24)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 5)], BLOCK_SIZE), 2, 32, 24)
     older, younger = sequence(8, 5, 0), sequence(8, 8, 0, 1)
     younger.token_ids = list(range(8))
     for one in (older, younger):
@@ -210,7 +293,7 @@ def test_a_preempted_sequence_finds_its_blocks_again() -> None:
 
 def test_prompts_that_begin_alike_wait_for_the_first() -> None:
     """Four of 20 tokens, 16 a step: what one computes, those behind it find."""
-    scheduler = Scheduler(BlockPool(64, BLOCK_SIZE), 4, 16, 64)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 64)], BLOCK_SIZE), 4, 16, 64)
     prompts = [sequence(20, number=number) for number in range(4)]
     for one in prompts:
         scheduler.add(one)
@@ -226,7 +309,7 @@ def test_prompts_that_begin_alike_wait_for_the_first() -> None:
 
 def test_decoding_goes_before_a_long_prompt() -> None:
     """The prompt gets what decoding leaves, chunk by chunk."""
-    scheduler = Scheduler(BlockPool(20, BLOCK_SIZE), 4, 8, 64)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 20)], BLOCK_SIZE), 4, 8, 64)
     decoding, prompt = sequence(2, 30, 3), sequence(20, 8, 0, 1)
     scheduler.add(decoding)
     for scheduled in scheduler.schedule():
@@ -244,7 +327,7 @@ def test_decoding_goes_before_a_long_prompt() -> None:
 
 def test_a_prompt_gets_less_while_others_decode() -> None:
     """As few tokens as the caller says; else it gets the whole budget."""
-    scheduler = Scheduler(BlockPool(20, BLOCK_SIZE), 4, 8, 64)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 20)], BLOCK_SIZE), 4, 8, 64)
     first, second = sequence(6, 2), sequence(20, 8, 0, 1)
     scheduler.add(first)
     chunks = []
@@ -266,7 +349,7 @@ def test_no_further_prompt_joins_where_there_are_enough_tokens(
     enough: int | None, expected: list[list[int]]
 ) -> None:
     """The one that reaches the number isn't cut, and the next is the first in the next step."""
-    scheduler = Scheduler(BlockPool(20, BLOCK_SIZE), 4, 8, 64)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 20)], BLOCK_SIZE), 4, 8, 64)
     for number in range(4):
         scheduler.add(sequence(3, number=number))
     chunks = []
@@ -281,7 +364,7 @@ def test_no_further_prompt_joins_where_there_are_enough_tokens(
 
 def test_decoding_sequences_each_keep_a_token_of_the_budget() -> None:
     """Drafts of the first never push the last one out of the step."""
-    scheduler = Scheduler(BlockPool(40, BLOCK_SIZE), 4, 6, 64)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 40)], BLOCK_SIZE), 4, 6, 64)
     sequences = [sequence(1, 30, 6, number) for number in range(4)]
     for one in sequences:
         scheduler.add(one)
@@ -294,7 +377,7 @@ def test_decoding_sequences_each_keep_a_token_of_the_budget() -> None:
 
 @pytest.mark.parametrize("where", ["waiting", "running"])
 def test_removing_frees_the_blocks(where: str) -> None:
-    scheduler = Scheduler(BlockPool(4, BLOCK_SIZE), 1, 8, 16)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 4)], BLOCK_SIZE), 1, 8, 16)
     first, second = sequence(4), sequence(4, number=1)
     scheduler.add(first)
     scheduler.add(second)
@@ -306,7 +389,7 @@ def test_removing_frees_the_blocks(where: str) -> None:
 
 def test_drafts_leave_a_prompt_its_share_of_the_budget() -> None:
     """However much is drafted: half of what the decoding tokens leave, so 3 tokens a step."""
-    scheduler = Scheduler(BlockPool(64, BLOCK_SIZE), 4, 8, 200)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 64)], BLOCK_SIZE), 4, 8, 200)
     decoding = [sequence(1, max_tokens=150, limit=8, number=number) for number in range(2)]
     for one in decoding:
         scheduler.add(one)
@@ -324,7 +407,7 @@ def test_drafts_leave_a_prompt_its_share_of_the_budget() -> None:
 
 def test_drafts_of_the_older_go_before_the_younger_is_preempted() -> None:
     """One block is left, and the younger's known token needs it."""
-    scheduler = Scheduler(BlockPool(5, BLOCK_SIZE), 2, 32, 200)
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 5)], BLOCK_SIZE), 2, 32, 200)
     older, younger = sequence(6, 50, 4, 0), sequence(7, 50, 4, 1)
     for one in (older, younger):
         scheduler.add(one)

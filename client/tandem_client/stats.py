@@ -128,14 +128,13 @@ def compare(before: Sample, after: Sample) -> Figures:
             else [],
         )
     first_tokens = grown("time_to_first_token_seconds_count")
-    blocks = after.total("kv_cache_blocks")
     looked_up = grown("prefix_cache_queries_total")
     return Figures(
         tokens_per_second=grown("generation_tokens_total") / seconds,
         steps_per_second=grown("engine_steps_total") / seconds,
         num_running=int(after.total("num_requests_running")),
         num_waiting=int(after.total("num_requests_waiting")),
-        kv_cache_usage=after.total("kv_cache_blocks_used") / blocks if blocks else 0.0,
+        kv_cache_usage=_kv_cache_usage(after),
         prefix_cache_hit_rate=grown("prefix_cache_hits_total") / looked_up if looked_up else None,
         num_preemptions=int(grown("num_preemptions_total")),
         time_to_first_token=grown("time_to_first_token_seconds_sum") / first_tokens
@@ -145,6 +144,16 @@ def compare(before: Sample, after: Sample) -> Figures:
         low_gain=_low_gain(after),
         is_synthetic=after.total("synthetic_acceptance") > 0,
     )
+
+
+def _kv_cache_usage(sample: Sample) -> float:
+    """The share of its blocks that the scarcest group of layers has given away."""
+    shares = [0.0]
+    for group in sample.values("kv_cache_blocks", "group"):
+        blocks = sample.total("kv_cache_blocks", group=group)
+        used = sample.total("kv_cache_blocks_used", group=group)
+        shares.append(used / blocks if blocks else 0.0)
+    return max(shares)
 
 
 def _low_gain(sample: Sample) -> list[str]:

@@ -142,11 +142,18 @@ class Calibration:
                 draft={name: self._draft_costs(name, sequences) for name in self._drafters},
             )
 
+    @property
+    def _limit(self) -> int:
+        """Tokens of the longest sequence that there may be and whose K/V all fit at once."""
+        pool = self._scheduler.pool
+        num_blocks = min(blocks.num_blocks for blocks in pool.blocks)
+        return min(self._scheduler.max_model_len, num_blocks * pool.block_size)
+
     @contextmanager
     def _sequences(self) -> Iterator[list[Sequence]]:
         """Decoding sequences, as many as may run and find room."""
         scheduler = self._scheduler
-        limit = scheduler.max_model_len
+        limit = self._limit
         context = min(_CONTEXT, limit // 2)
         # So that all of them together have room for the largest pass.
         num_rows = max(_ROWS_EACH, -(-_ROWS[-1] // scheduler.max_num_seqs))
@@ -189,7 +196,7 @@ class Calibration:
         start = [7 * index % self._vocab_size for index in range(max(1, length // 2))]
         sequence = self._make(start, SamplingParams(temperature=1.0))
         try:
-            while sequence.num_tokens < min(length + _NUM_DRAFTS, self._scheduler.max_model_len):
+            while sequence.num_tokens < min(length + _NUM_DRAFTS, self._limit):
                 assert self._scheduler.pool.grow(sequence, sequence.num_tokens)
                 output = self._prefill(sequence)
                 [verdict] = self._accept([ScheduledSequence(sequence, 1, 0)], output)
@@ -251,7 +258,8 @@ class Calibration:
         Rows are dealt as in service, a few to each sequence.
         """
         first = sequences[0]
-        room = len(first.block_table) * self._scheduler.pool.block_size - first.num_computed
+        pool = self._scheduler.pool
+        room = len(first.block_tables[0].blocks) * pool.block_size - first.num_computed
         limit = min(room * len(sequences), self._scheduler.max_num_batched_tokens)
         counts = {n: min(len(sequences), -(-n // _ROWS_EACH)) for n in _ROWS if n <= limit}
         layouts = [(count, num_rows) for num_rows, count in counts.items()]

@@ -55,7 +55,7 @@ class EngineConfig:
             proportion, where there are more prompts than sequences that decode.
         block_size: tokens in one block of the KV cache.
         enable_prefix_caching: whether requests that begin alike share the K/V of their beginning.
-        kv_cache_tokens: size of the KV cache in tokens. When not given: on CUDA what
+        kv_cache_tokens: tokens of context that the KV cache holds. When not given: on CUDA what
             `gpu_memory_utilization` leaves after the weights and a trial pass; on a CPU enough for
             `max_num_seqs` sequences of `max_model_len`, up to a quarter of the free memory.
         gpu_memory_utilization: share of the GPU's memory that this process may fill.

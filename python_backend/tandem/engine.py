@@ -62,7 +62,7 @@ class Engine:
         self.drafters: dict[str, Drafter] = load_drafters(config, loaded)
         self.scheduler = Scheduler(
             BlockPool(
-                loaded.cache.num_blocks,
+                loaded.cache.groups,
                 config.block_size,
                 enable_prefix_caching=config.enable_prefix_caching,
             ),

@@ -65,11 +65,13 @@ class Lifecycle:
         with self._lock:
             for scheduled in batch:
                 sequence = scheduled.sequence
-                self._share(sequence)
+                num_tokens = self._num_cached(sequence)
+                self._share(sequence, num_tokens)
                 if sequence.is_finished:
                     self._release(sequence)
                 else:
                     self._scheduler.pool.shrink(sequence, sequence.num_tokens)
+                    self._scheduler.pool.release(sequence, num_tokens)
 
     def end_cancelled(self) -> list[Delta]:
         """Ends the sequences whose cancellation was asked for."""
@@ -105,15 +107,18 @@ class Lifecycle:
         self._release(sequence)
         return Delta(sequence, [], finish_reason=reason)
 
-    def _share(self, sequence: Sequence) -> None:
+    def _num_cached(self, sequence: Sequence) -> int:
+        """Committed tokens that neither the verifier nor the drafter will compute again."""
+        # A sequence that is never drafted for needs nothing of its drafter.
+        drafter = self._drafters.get(sequence.drafter) if sequence.max_lookahead else None
+        return sequence.num_computed if drafter is None else drafter.num_cached(sequence)
+
+    def _share(self, sequence: Sequence, num_tokens: int) -> None:
         """Lets later requests use what is committed, but not what gave no numbers."""
         if isinstance(sequence.error, VerifierOutputError):
             self._scheduler.pool.withdraw(sequence)
-            return
-        # A sequence that is never drafted for needs nothing of its drafter.
-        drafter = self._drafters.get(sequence.drafter) if sequence.max_lookahead else None
-        num_tokens = sequence.num_computed if drafter is None else drafter.num_cached(sequence)
-        self._scheduler.pool.share(sequence, num_tokens)
+        else:
+            self._scheduler.pool.share(sequence, num_tokens)
 
     def _release(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

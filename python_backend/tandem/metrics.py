@@ -114,11 +114,29 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
+class GroupLoad:
+    """Blocks of one group of layers.
+
+    Since the engine started, `num_reused` were found in the prefix cache and `num_evicted` given
+    away for other tokens.
+    """
+
+    num_blocks: int
+    num_used: int
+    num_reused: int
+    num_evicted: int
+
+
+@dataclass(frozen=True)
 class EngineLoad:
     """What the engine holds right now."""
 
     num_running: int
     num_waiting: int
-    num_blocks: int
-    num_blocks_used: int
+    groups: dict[str, GroupLoad]
     num_preemptions: int
+
+    @property
+    def num_blocks_used(self) -> int:
+        """Blocks that belong to a sequence, of all groups."""
+        return sum(group.num_used for group in self.groups.values())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Sequence as Items
 
 from tandem.cache.block_pool import BlockPool
 from tandem.lookahead.lookahead import draft_limit
 from tandem.lookahead.prompt_budget import NO_LIMITS, PromptLimits
-from tandem.metrics import EngineLoad
+from tandem.metrics import EngineLoad, GroupLoad
 from tandem.requests.sequence import ScheduledSequence, Sequence
 
 
@@ -54,8 +53,12 @@ class Scheduler:
         return EngineLoad(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            num_blocks=self.pool.num_blocks,
-            num_blocks_used=self.pool.num_used,
+            groups={
+                group.name: GroupLoad(
+                    blocks.num_blocks, blocks.num_used, blocks.num_reused, blocks.num_evicted
+                )
+                for group, blocks in zip(self.pool.groups, self.pool.blocks, strict=True)
+            },
             num_preemptions=self.num_preemptions,
         )
 
@@ -79,13 +82,31 @@ class Scheduler:
         if prompt_limits.most is not None:
             budget = min(budget, prompt_limits.most)
         enough = budget if prompt_limits.enough is None else min(budget, prompt_limits.enough)
-        prompts = chain([s for s in self.running if not s.is_decoding], self._admit())
+        prompts = deque(s for s in self.running if not s.is_decoding)
         num_chosen = 0
-        while num_chosen < enough and (sequence := next(prompts, None)) is not None:
-            num_tokens = min(sequence.num_uncomputed, budget - num_chosen)
-            batch.append(ScheduledSequence(sequence, num_tokens, 0))
-            num_chosen += num_tokens
+        while num_chosen < enough:
+            left = budget - num_chosen
+            sequence = prompts.popleft() if prompts else self._admit(left)
+            if sequence is None:
+                break
+            num_tokens = min(sequence.num_uncomputed, left)
+            if self._has_room(sequence, num_tokens, batch):
+                batch.append(ScheduledSequence(sequence, num_tokens, 0))
+                num_chosen += num_tokens
         return batch
+
+    def _has_room(
+        self, sequence: Sequence, num_tokens: int, batch: Items[ScheduledSequence]
+    ) -> bool:
+        """Gets the blocks for the next tokens of a prompt, for which it may have to wait."""
+        while sequence in self.running:
+            if self.pool.grow(sequence, sequence.num_computed + num_tokens):
+                return True
+            if batch:
+                return False
+            # Nobody else would ever give any back.
+            self._preempt(self.running[-1])
+        return False
 
     def _schedule_decoding(self) -> list[ScheduledSequence]:
         batch = []
@@ -109,20 +130,24 @@ class Scheduler:
                 scheduled.num_draft_tokens = num_drafts
                 budget -= num_drafts
 
-    def _admit(self) -> Iterator[Sequence]:
-        """Admits the next one when it is asked for, with all the blocks that its tokens fill.
+    def _admit(self, num_tokens: int) -> Sequence | None:
+        """Admits the next one, if there is room for its first `num_tokens` and all that it keeps.
 
         Not before there are tokens to give it: until then others may compute what it begins with.
         """
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            num_cached_tokens = self.pool.reuse(sequence)
-            if not self.pool.grow(sequence, sequence.num_tokens):
-                self.pool.shrink(sequence, 0)
-                return
-            sequence.num_computed = sequence.num_cached_tokens = num_cached_tokens
-            self.running.append(self.waiting.popleft())
-            yield sequence
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return None
+        sequence = self.waiting[0]
+        num_cached_tokens = self.pool.reuse(sequence)
+        first = min(sequence.num_tokens, num_cached_tokens + num_tokens)
+        if not (
+            self.pool.reserve(sequence, sequence.num_tokens) and self.pool.grow(sequence, first)
+        ):
+            self.pool.shrink(sequence, 0)
+            return None
+        sequence.num_computed = sequence.num_cached_tokens = num_cached_tokens
+        self.running.append(self.waiting.popleft())
+        return sequence
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -11,6 +11,7 @@ Parts, each of which can be run alone:
   mechanisms  what each mechanism for a CPU brings: the engine without it, in turns with all of it
   invariance  whether answers are the same alone, in a batch and with drafts, and its cost
   prompts   what a long prompt costs those that decode, and what a shared prefix saves
+  windows   what freeing K/V behind a window saves, against keeping all of it
   growth    step time and memory as context and concurrency grow
   arrivals  latencies when requests arrive as a Poisson process
   soak      memory over minutes of mixed load
@@ -43,6 +44,7 @@ from tandem_bench import (
     soak,
     speed,
     through_triton,
+    windows,
 )
 from tandem_bench.settings import Settings
 from tandem_bench.worker import WorkerError
@@ -68,6 +70,7 @@ PARTS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "mechanisms": lambda settings, _: mechanisms.run(settings),
     "invariance": lambda settings, _: invariance.run(settings),
     "prompts": lambda settings, _: prompts.run(settings),
+    "windows": lambda settings, _: windows.run(settings),
     "growth": lambda settings, given: growth.run(settings, tuple(given.contexts)),
     "arrivals": lambda settings, given: arrivals.run(settings, given.rates),
     "soak": lambda settings, given: soak.run(settings, given.minutes),

@@ -31,6 +31,8 @@ _DESCRIPTIONS = {
     "num_requests_waiting": "Sequences that the engine has queued",
     "kv_cache_blocks": "Blocks of the KV cache",
     "kv_cache_blocks_used": "Blocks of the KV cache that belong to a sequence",
+    "prefix_cache_blocks_reused_total": "Blocks that the prefix cache had for a sequence",
+    "prefix_cache_blocks_evicted_total": "Blocks of prefixes given away for other tokens",
     "spec_decode_num_drafts_total": "Rounds in which a drafter proposed tokens",
     "spec_decode_num_draft_tokens_total": "Draft tokens that were verified",
     "spec_decode_num_accepted_tokens_total": "Draft tokens that were accepted",
@@ -134,8 +136,11 @@ class MetricsExporter:
             self._show("synthetic_acceptance", 1)
         self._show("num_requests_running", load.num_running)
         self._show("num_requests_waiting", load.num_waiting)
-        self._show("kv_cache_blocks", load.num_blocks)
-        self._show("kv_cache_blocks_used", load.num_blocks_used)
+        for name, group in load.groups.items():
+            self._show("kv_cache_blocks", group.num_blocks, group=name)
+            self._show("kv_cache_blocks_used", group.num_used, group=name)
+            self._show("prefix_cache_blocks_reused_total", group.num_reused, group=name)
+            self._show("prefix_cache_blocks_evicted_total", group.num_evicted, group=name)
 
     def _show_drafter(self, name: str, stats: DrafterStats) -> None:
         self._show("spec_decode_num_drafts_total", stats.num_drafts, drafter=name)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from block_tables import blocks_of
 from tandem import SamplingParams, Sequence
 from tandem.cache.block_pool import BlockPool
+from tandem.cache.layer_groups import LayerGroup
 
 NUM_BLOCKS, BLOCK_SIZE = 12, 4
 
@@ -36,34 +38,34 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
+        self.pool = BlockPool([LayerGroup(None, NUM_BLOCKS)], BLOCK_SIZE)
         self.sequences = [sequence(number) for number in range(4)]
 
     @rule(which=st.integers(0, 3), num_tokens=st.integers(0, NUM_BLOCKS * BLOCK_SIZE + 5))
     def grow(self, which: int, num_tokens: int) -> None:
-        table = list(self.sequences[which].block_table)
-        free = self.pool.num_free
+        table = blocks_of(self.sequences[which])
+        free = self.pool.blocks[0].num_free
         grown = self.pool.grow(self.sequences[which], num_tokens)
-        after = self.sequences[which].block_table
+        after = blocks_of(self.sequences[which])
         assert after[: len(table)] == table
         missing = max(0, -(-num_tokens // BLOCK_SIZE) - len(table))
         assert grown == (missing <= free)
         assert len(after) == len(table) + (missing if grown else 0)
-        if all(not other.block_table for i, other in enumerate(self.sequences) if i != which):
+        if all(not blocks_of(other) for i, other in enumerate(self.sequences) if i != which):
             assert not after or not grown or is_contiguous(after) or not is_contiguous(table)
 
     @rule(which=st.integers(0, 3), num_tokens=st.integers(0, NUM_BLOCKS * BLOCK_SIZE))
     def shrink(self, which: int, num_tokens: int) -> None:
-        table = list(self.sequences[which].block_table)
+        table = blocks_of(self.sequences[which])
         self.pool.shrink(self.sequences[which], num_tokens)
-        assert self.sequences[which].block_table == table[: -(-num_tokens // BLOCK_SIZE)]
+        assert blocks_of(self.sequences[which]) == table[: -(-num_tokens // BLOCK_SIZE)]
 
     @invariant()
     def every_block_is_accounted_for(self) -> None:
         self.pool.check_integrity(self.sequences)
-        held = sum(len(one.block_table) for one in self.sequences)
+        held = sum(len(blocks_of(one)) for one in self.sequences)
         assert self.pool.num_used == held
-        assert all(0 <= block < NUM_BLOCKS for one in self.sequences for block in one.block_table)
+        assert all(0 <= block < NUM_BLOCKS for one in self.sequences for block in blocks_of(one))
 
     def teardown(self) -> None:
         for one in self.sequences:
@@ -76,38 +78,38 @@ TestBlockPool = PoolMachine.TestCase
 
 def test_sequences_that_grow_together_stay_contiguous() -> None:
     """Four that take one block at a time, in turns, in a pool with room for all."""
-    pool = BlockPool(64, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 64)], BLOCK_SIZE)
     sequences = [sequence(number) for number in range(4)]
     for num_tokens in range(BLOCK_SIZE, 15 * BLOCK_SIZE + 1, BLOCK_SIZE):
         for one in sequences:
             assert pool.grow(one, num_tokens)
-    assert all(is_contiguous(one.block_table) for one in sequences)
+    assert all(is_contiguous(blocks_of(one)) for one in sequences)
 
 
 def test_freed_blocks_are_used_again() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 4)], BLOCK_SIZE)
     one, other = sequence(1), sequence(2)
     assert pool.grow(one, 4 * BLOCK_SIZE)
     assert not pool.grow(other, 1)
-    assert other.block_table == []
+    assert blocks_of(other) == []
     pool.shrink(one, BLOCK_SIZE + 1)
     assert pool.grow(other, 2 * BLOCK_SIZE)
-    assert pool.num_free == 0
+    assert pool.blocks[0].num_free == 0
 
 
 @pytest.mark.parametrize("damage", ["leak", "shared", "count"])
 def test_check_integrity_notices(damage: str) -> None:
-    pool = BlockPool(8, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 8)], BLOCK_SIZE)
     one, other = sequence(1), sequence(2)
     pool.grow(one, 8)
     pool.grow(other, 8)
     pool.check_integrity([one, other])
     if damage == "leak":
-        one.block_table.pop()
+        one.block_tables[0].blocks.pop()
     elif damage == "shared":
-        one.block_table[0] = other.block_table[0]
+        one.block_tables[0].blocks[0] = blocks_of(other)[0]
     else:
-        pool._num_open += 1
+        pool.blocks[0]._num_open += 1
     with pytest.raises(AssertionError):
         pool.check_integrity([one, other])
 
@@ -120,7 +122,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
+        self.pool = BlockPool([LayerGroup(None, NUM_BLOCKS)], BLOCK_SIZE)
         self.live: list[Sequence] = []
         self.contents: dict[int, tuple[bytes, list[int]]] = {}
         self.num_made = 0
@@ -129,8 +131,8 @@ class PrefixMachine(RuleBasedStateMachine):
         """Writes the K/V of the next tokens; nobody else may have those blocks."""
         one.num_computed += num_tokens
         for index in range(one.num_shared_blocks, self.pool.blocks_for(one.num_computed)):
-            block = one.block_table[index]
-            assert not any(block in other.block_table for other in self.live if other is not one)
+            block = blocks_of(one)[index]
+            assert not any(block in blocks_of(other) for other in self.live if other is not one)
             prefix = one.token_ids[: min((index + 1) * BLOCK_SIZE, one.num_computed)]
             self.contents[block] = (one.prefix_keys[0], prefix)
 
@@ -147,10 +149,10 @@ class PrefixMachine(RuleBasedStateMachine):
         self.num_made += 1
         one.token_ids, one.num_prompt_tokens = list(token_ids), len(token_ids)
         one.prefix_keys = [namespace]
-        free = self.pool.num_free
+        free = self.pool.blocks[0].num_free
         num_tokens = self.pool.reuse(one)
-        assert num_tokens == len(one.block_table) * BLOCK_SIZE < one.num_tokens
-        for index, block in enumerate(one.block_table):
+        assert num_tokens == len(blocks_of(one)) * BLOCK_SIZE < one.num_tokens
+        for index, block in enumerate(blocks_of(one)):
             prefix = one.token_ids[: (index + 1) * BLOCK_SIZE]
             assert self.contents[block] == (namespace, prefix)
         if self.pool.grow(one, one.num_tokens):
@@ -158,7 +160,7 @@ class PrefixMachine(RuleBasedStateMachine):
             self.live.append(one)
         else:
             self.pool.shrink(one, 0)
-            assert self.pool.num_free == free
+            assert self.pool.blocks[0].num_free == free
 
     @rule(which=st.integers(0, 3), share=st.floats(0, 1), hold=st.integers(0, BLOCK_SIZE))
     def step(self, which: int, share: float, hold: int) -> None:
@@ -186,7 +188,7 @@ class PrefixMachine(RuleBasedStateMachine):
     @invariant()
     def every_block_is_accounted_for(self) -> None:
         self.pool.check_integrity(self.live)
-        assert self.pool.num_used == len({b for one in self.live for b in one.block_table})
+        assert self.pool.num_used == len({b for one in self.live for b in blocks_of(one)})
 
     def teardown(self) -> None:
         for one in self.live:
@@ -223,14 +225,14 @@ def num_cached(pool: BlockPool, token_ids: list[int], *, namespace: bytes = b"")
 )
 def test_full_blocks_are_found_but_never_the_last_token(num_tokens: int, found: int) -> None:
     """Eleven tokens were computed: two blocks are full."""
-    pool = BlockPool(16, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 16)], BLOCK_SIZE)
     pool.shrink(computed(pool, list(range(11))), 0)
     assert pool.num_used == 0
     assert num_cached(pool, list(range(num_tokens))) == found
 
 
 def test_a_prefix_is_all_that_came_before() -> None:
-    pool = BlockPool(16, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 16)], BLOCK_SIZE)
     pool.shrink(computed(pool, [1, 2, 3, 4, 5, 6, 7, 8]), 0)
     assert num_cached(pool, [1, 2, 3, 4, 5, 6, 7, 8, 9]) == 8
     assert num_cached(pool, [1, 2, 3, 4, 5, 6, 7, 9, 9]) == 4
@@ -240,10 +242,10 @@ def test_a_prefix_is_all_that_came_before() -> None:
 
 
 def test_a_block_in_use_is_shared_and_counted_once() -> None:
-    pool = BlockPool(16, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 16)], BLOCK_SIZE)
     one = computed(pool, list(range(10)))
     other = computed(pool, list(range(9)))
-    assert other.block_table[:2] == one.block_table[:2]
+    assert blocks_of(other)[:2] == blocks_of(one)[:2]
     assert pool.num_used == 4
     pool.shrink(one, 0)
     pool.check_integrity([other])
@@ -252,7 +254,7 @@ def test_a_block_in_use_is_shared_and_counted_once() -> None:
 
 
 def test_what_was_computed_twice_at_once_is_kept_once() -> None:
-    pool = BlockPool(16, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 16)], BLOCK_SIZE)
     first, second = sequence(1), sequence(2)
     for one in (first, second):
         one.token_ids = list(range(9))
@@ -262,7 +264,7 @@ def test_what_was_computed_twice_at_once_is_kept_once() -> None:
     for one in (first, second):
         pool.share(one, 9)
         pool.check_integrity([first, second])
-    assert not set(first.block_table) & set(second.block_table)
+    assert not set(blocks_of(first)) & set(blocks_of(second))
     for one in (first, second):
         pool.shrink(one, 0)
     assert num_cached(pool, list(range(9))) == 8
@@ -270,7 +272,7 @@ def test_what_was_computed_twice_at_once_is_kept_once() -> None:
 
 def test_the_least_recently_used_goes_first_and_of_one_the_end() -> None:
     """Half of 16 blocks are protected: of three prefixes of four blocks, the two used last."""
-    pool = BlockPool(16, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 16)], BLOCK_SIZE)
     prompts = {name: [ord(name)] * 16 for name in "abc"}
     for prompt in prompts.values():
         pool.shrink(computed(pool, prompt), 0)
@@ -285,21 +287,19 @@ def test_the_least_recently_used_goes_first_and_of_one_the_end() -> None:
 
 def test_a_prefix_that_lost_a_block_in_the_middle_is_mended() -> None:
     """What lies behind the gap is found again once the gap is computed."""
-    pool = BlockPool(16, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 16)], BLOCK_SIZE)
     prompt = list(range(17))
     one = computed(pool, prompt)
     pool.shrink(one, 0)
     lost = one.prefix_keys[2]
-    del pool._keys[pool._blocks[lost]]
-    pool._protected.pop(pool._blocks[lost])
-    pool._set_open(pool._blocks.pop(lost))
+    pool.blocks[0].withdraw(lost)
     assert num_cached(pool, prompt) == 4
     pool.shrink(computed(pool, prompt), 0)
     assert num_cached(pool, prompt) == 16
 
 
 def test_withdrawn_blocks_are_found_no_longer() -> None:
-    pool = BlockPool(16, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 16)], BLOCK_SIZE)
     one = computed(pool, list(range(10)))
     other = computed(pool, list(range(10)))
     pool.withdraw(other)
@@ -308,18 +308,18 @@ def test_withdrawn_blocks_are_found_no_longer() -> None:
     for each in (one, other):
         pool.shrink(each, 0)
     pool.check_integrity([])
-    assert pool.num_free == 16
+    assert pool.blocks[0].num_free == 16
 
 
 def test_without_the_cache_nothing_is_kept() -> None:
-    pool = BlockPool(16, BLOCK_SIZE, enable_prefix_caching=False)
+    pool = BlockPool([LayerGroup(None, 16)], BLOCK_SIZE, enable_prefix_caching=False)
     pool.shrink(computed(pool, list(range(10))), 0)
     assert num_cached(pool, list(range(10))) == 0
 
 
 def test_tables_stay_in_few_pieces_when_the_cache_is_full() -> None:
     """Sixteen sequences at a time, half of which go on from an earlier one, for a long time."""
-    pool = BlockPool(1024, BLOCK_SIZE)
+    pool = BlockPool([LayerGroup(None, 1024)], BLOCK_SIZE)
     rng = random.Random(0)
     live: list[Sequence] = []
     ended: list[list[int]] = []
@@ -335,7 +335,7 @@ def test_tables_stay_in_few_pieces_when_the_cache_is_full() -> None:
             one.num_computed = one.num_tokens - 1
             pool.share(one, one.num_computed)
             if number > 200:
-                table = one.block_table
+                table = blocks_of(one)
                 num_tables += 1
                 num_pieces += 1 + sum(b != a + 1 for a, b in itertools.pairwise(table))
         if len(live) == 16:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from block_tables import blocks_of
 from doubles import HalfDrafter, WrongDrafter, plain, prompt_of, run
 from tandem import Engine, InvalidRequestError, SamplingParams, Sequence
 from tandem.requests.sequence import Draft
@@ -200,7 +201,7 @@ def test_preempted_sequences_write_the_same_and_find_their_blocks(
     """A pool that holds two of six at full length; no two begin alike."""
     verifier = "gemma-4-31B"
     engine = make_cached(
-        verifier, mtp=True, causal_lm="llama", max_model_len=60, kv_cache_tokens=100
+        verifier, mtp=True, causal_lm="llama", max_model_len=60, kv_cache_tokens=108
     )
     requests = [(prompt_of(20 + i, seed=i), (GREEDY, SAMPLED)[i % 2]) for i in range(6)]
     sequences = send(engine, *requests, drafter=drafter)
@@ -230,7 +231,7 @@ def test_shared_blocks_are_used_once_and_all_are_free_in_the_end(make_cached) ->
     for one in sequences:
         engine.add(one)
     engine.step()
-    tables = [one.block_table for one in sequences]
+    tables = [blocks_of(one) for one in sequences]
     num_shared = full_blocks(len(SHARED)) // BLOCK_SIZE
     assert tables[0][:num_shared] == tables[1][:num_shared] == tables[2][:num_shared]
     assert engine.load.num_blocks_used == sum(map(len, tables)) - 2 * num_shared

@@ -305,6 +305,16 @@ def test_stats_show_the_prefix_hits_of_the_interval(
     assert line.split() == ["prefix", "hits", rate]
 
 
+def test_the_cache_is_as_full_as_its_scarcest_group() -> None:
+    series = {
+        (name, (("group", group),)): value
+        for group, blocks, used in (("full", 100.0, 30.0), ("window_512", 20.0, 15.0))
+        for name, value in (("kv_cache_blocks", blocks), ("kv_cache_blocks_used", used))
+    }
+    assert compare(Sample(0.0, {}), Sample(1.0, series)).kv_cache_usage == 0.75
+    assert compare(Sample(0.0, {}), Sample(1.0, {})).kv_cache_usage == 0.0
+
+
 def test_stats_say_why_speculation_gains_little(capsys: pytest.CaptureFixture[str]) -> None:
     """A reason that is over, at -1, is left out; a benchmark's coins are not."""
 

@@ -90,8 +90,10 @@ FIRING: dict[str, tuple[dict[str, str], str]] = {
     ),
     "TandemKVCacheFull": (
         {
-            f"tandem:kv_cache_blocks_used{{{OF_MODEL}}}": "95 100x20",
-            f"tandem:kv_cache_blocks{{{OF_MODEL}}}": "100x20",
+            f'tandem:kv_cache_blocks_used{{{OF_MODEL}, group="full"}}': "95 100x20",
+            f'tandem:kv_cache_blocks{{{OF_MODEL}, group="full"}}': "100x20",
+            f'tandem:kv_cache_blocks_used{{{OF_MODEL}, group="window_512"}}': "10x21",
+            f'tandem:kv_cache_blocks{{{OF_MODEL}, group="window_512"}}': "50x21",
         },
         "10m",
     ),

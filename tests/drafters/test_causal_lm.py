@@ -84,9 +84,9 @@ def test_the_cache_counts_both_models(tiny: TinyModels) -> None:
         )
         for drafters in ({}, {"causal_lm": {"model": model}})
     ]
-    assert sizes[0].load.num_blocks == sizes[1].load.num_blocks
+    assert sizes[0].load.groups == sizes[1].load.groups
     draft_cache = sizes[1].drafters["causal_lm"]._cache  # type: ignore[attr-defined]
-    assert draft_cache.num_slots == sizes[1].verifier.cache.num_slots
+    assert draft_cache.groups == sizes[1].verifier.cache.groups
     assert draft_cache.num_bytes == sizes[1].verifier.cache.num_bytes
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from block_tables import blocks_of, num_blocks_of
 from doubles import HalfDrafter, OracleDrafter, WrongDrafter, finish, plain, prompt_of, run
 from made_up_costs import FLAT, VERIFY, costs
 from tandem import Engine, FinishReason, SamplingParams
@@ -226,7 +227,7 @@ def test_blocks_of_rejected_drafts_are_given_back(
         engine.step()
         for sequence in engine.scheduler.running:
             filled = -(-sequence.num_tokens // engine.config.block_size)
-            assert len(sequence.block_table) == filled
+            assert len(blocks_of(sequence)) == filled
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "mtp", "causal_lm", "ngram+causal_lm"])
@@ -261,20 +262,20 @@ def test_cancelling_frees_blocks_and_changes_no_other_token(engines, drafter: st
         engine.step()
     cancelled = [
         next(s for s in sequences if s.num_output_tokens > 0),
-        next(s for s in sequences if s.block_table and s.num_output_tokens == 0),
-        next(s for s in reversed(sequences) if not s.block_table),
+        next(s for s in sequences if blocks_of(s) and s.num_output_tokens == 0),
+        next(s for s in reversed(sequences) if not blocks_of(s)),
     ]
     for sequence in cancelled:
         engine.cancel(sequence)
     used = engine.load.num_blocks_used
-    freed = sum(len(sequence.block_table) for sequence in cancelled)
+    freed = sum(map(num_blocks_of, cancelled))
     assert freed > 0
     deltas = {delta.sequence: delta for delta in engine.step()}
     engine.check_integrity()
     for sequence in cancelled:
         assert sequence.finish_reason is deltas[sequence].finish_reason is FinishReason.CANCELLED
-        assert sequence.block_table == []
-    taken = sum(len(s.block_table) for s in sequences if s not in cancelled)
+        assert num_blocks_of(sequence) == 0
+    taken = sum(num_blocks_of(s) for s in sequences if s not in cancelled)
     assert engine.load.num_blocks_used == taken
     assert used > 0
     finish(engine)

@@ -87,7 +87,7 @@ def test_other_logits_on_the_paged_cache_are_refused(
 ) -> None:
     """Whatever the reason: here each pass's K/V go to one another's slots."""
     slots = PackedBatch.slots
-    monkeypatch.setattr(PackedBatch, "slots", lambda self: slots(self).roll(1))
+    monkeypatch.setattr(PackedBatch, "slots", lambda self: [each.roll(1) for each in slots(self)])
     with pytest.raises(UnsupportedModelError, match="differ by"):
         Engine(config_of(tiny.verifier(name)))
 

@@ -9,14 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tandem.cache.layer_groups import LayerGroup, group_of
+
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer stores per token. `layer` is the index that the model's code uses."""
+    """What one layer stores per token. `layer` is the index that the model's code uses.
+
+    Its queries see the last `window` tokens, themselves included; all if None.
+    """
 
     layer: int
     num_kv_heads: int
     head_dim: int
+    window: int | None = None
 
     @property
     def elements_per_token(self) -> int:
@@ -25,38 +31,46 @@ class LayerShape:
 
 
 class KVCache:
-    """K and V of every storing layer, for `num_blocks` blocks of `block_size` tokens.
+    """K and V of every storing layer, in blocks of `block_size` tokens.
 
-    Slot `block * block_size + offset` of every layer belongs to the same token of the same
-    sequence, so one block table serves all layers, whatever their shapes.
+    Slot `block * block_size + offset` of every layer of a group belongs to the same token of the
+    same sequence, so one block table serves them all, whatever their shapes.
+
+    Attributes:
+        windows: of the groups; see `group_of`.
     """
 
     def __init__(
         self,
         shapes: Items[LayerShape],
-        num_blocks: int,
+        groups: Items[LayerGroup],
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_blocks = num_blocks
+        self.groups = groups
+        self.windows = [group.window for group in groups]
         self.block_size = block_size
-        self.num_slots = num_blocks * block_size
-        elements = sum(shape.elements_per_token for shape in shapes) * self.num_slots
+        self._group_of_layer = {s.layer: group_of(self.windows, s.window) for s in shapes}
+        elements = sum(s.elements_per_token * self._num_slots(s.layer) for s in shapes)
         # Written, so that the memory is there: else it would be taken bit by bit in service.
         self._storage = torch.empty(elements, dtype=dtype, device=device).zero_()
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         offset = 0
         for shape in shapes:
-            size = self.num_slots * shape.num_kv_heads * shape.head_dim
+            num_slots = self._num_slots(shape.layer)
+            size = num_slots * shape.num_kv_heads * shape.head_dim
             keys, values = (
                 self._storage[start : start + size].view(
-                    self.num_slots, shape.num_kv_heads, shape.head_dim
+                    num_slots, shape.num_kv_heads, shape.head_dim
                 )
                 for start in (offset, offset + size)
             )
             self._layers[shape.layer] = (keys, values)
             offset += 2 * size
+
+    def _num_slots(self, layer: int) -> int:
+        return self.groups[self._group_of_layer[layer]].num_blocks * self.block_size
 
     @property
     def num_bytes(self) -> int:
@@ -76,8 +90,12 @@ class KVCache:
         """Whether the layer stores K/V of its own."""
         return index in self._layers
 
-    def writer(self, slots: Tensor) -> KVWriter:
-        """What a model's `cache` argument takes for a pass that fills `slots`."""
+    def group_of_layer(self, index: int) -> int:
+        """The group of a layer that stores K/V of its own."""
+        return self._group_of_layer[index]
+
+    def writer(self, slots: Items[Tensor]) -> KVWriter:
+        """What a model's `cache` argument takes for a pass that fills `slots` of each group."""
         return KVWriter(self, slots)
 
 
@@ -108,15 +126,16 @@ class KVWriter(CacheStandIn):
     pass on what that layer got, so they read the right layer without any mapping here.
     """
 
-    def __init__(self, cache: KVCache, slots: Tensor) -> None:
+    def __init__(self, cache: KVCache, slots: Items[Tensor]) -> None:
         self._cache = cache
-        self._slots = slots  # [num_tokens]
+        self._slots = slots  # of each group, [num_tokens]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Stores `[1, num_kv_heads, num_tokens, head_dim]` K and V of one layer."""
         keys, values = self._cache.layer(layer_idx)
-        keys.index_copy_(0, self._slots, key_states[0].transpose(0, 1))
-        values.index_copy_(0, self._slots, value_states[0].transpose(0, 1))
+        slots = self._slots[self._cache.group_of_layer(layer_idx)]
+        keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
+        values.index_copy_(0, slots, value_states[0].transpose(0, 1))
         return keys, values

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tandem.cache.kv_cache import CacheStandIn, KVCache
+from tandem.cache.layer_groups import group_of
 from tandem.cpu.graph import Graph
 from tandem.cpu.kernels import Operators, operators
 from tandem.cpu.kernels.operators import attend, write_kv
 from tandem.cpu.linear import Int8Linear, PackedLinear
 from tandem.errors import UnsupportedModelError
+from tandem.requests.sequence import BlockTable
 
 logger = logging.getLogger("tandem")
 
@@ -37,27 +39,38 @@ class Compiler:
     """Makes graphs of modules of one model.
 
     Attributes:
-        example_tables: block tables of the sequences in examples, each of a block and a token at
-            least.
+        example_tables: block tables of the three sequences in examples, for each group, each of a
+            block and a token at least.
     """
 
-    example_tables = ((5, 0), (1, 4), (3, 2))
-
-    def __init__(self, operators: Operators) -> None:
-        """Takes the operators with the model's weights and the cache."""
+    def __init__(self, operators: Operators, cache: KVCache) -> None:
+        """Takes the operators with the model's weights, and the cache that they know."""
         self._operators = operators
+        self._cache = cache
+        self.example_tables = [
+            [
+                BlockTable([(block + number) % _NUM_EXAMPLE_BLOCKS for block in blocks])
+                for number in range(len(cache.groups))
+            ]
+            for blocks in ((5, 0), (1, 4), (3, 2))
+        ]
+
+    def describe(self) -> str:
+        """What a graph depends on besides the module."""
+        groups = {layer: self._cache.group_of_layer(layer) for layer in self._cache.layers}
+        return f"windows={self._cache.windows}, groups={groups}"
 
     def graph(self, module: nn.Module, inputs: Items[Tensor]) -> Graph:
         """See `Graph`."""
         return Graph(module, inputs, self._operators)
 
-    def batch(self, spans: Tensor, tables: Tensor, *, causal: bool = True) -> GraphBatch:
+    def batch(self, spans: Items[Tensor], tables: Tensor, *, causal: bool = True) -> GraphBatch:
         """Stands in for a `PackedBatch`, whose `spans()` are inputs of the graph."""
-        return GraphBatch(spans, tables, causal=causal)
+        return GraphBatch(spans, tables, self._cache.windows, causal=causal)
 
-    def writer(self, slots: Tensor) -> GraphWriter:
+    def writer(self, slots: Items[Tensor]) -> GraphWriter:
         """Stands in for what `KVCache.writer` gives for these slots."""
-        return GraphWriter(slots)
+        return GraphWriter(slots, self._cache)
 
     def reader(self, source_layers: Items[int]) -> GraphReader:
         """Stands in for a cache that gives each layer the K/V of another model's layer."""
@@ -85,29 +98,40 @@ class Compiler:
 class GraphBatch:
     """The packed row of a graph."""
 
-    def __init__(self, spans: Tensor, tables: Tensor, *, causal: bool = True) -> None:
+    def __init__(
+        self,
+        spans: Items[Tensor],
+        tables: Tensor,
+        windows: Items[int | None],
+        *,
+        causal: bool = True,
+    ) -> None:
         """Takes what `PackedBatch.spans` gave, as inputs of the graph."""
         self._spans, self._tables = spans, tables
+        self._windows = windows
         self._causal = causal
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """As `PackedBatch.attend`; key is what stands for the layer in the graph."""
-        return attend(query, key, self._spans, self._tables, scaling, window, causal=self._causal)
+        spans = self._spans[group_of(self._windows, window)]
+        return attend(query, key, spans, self._tables, scaling, window, causal=self._causal)
 
 
 class GraphWriter(CacheStandIn):
     """The cache of a pass that writes, in a graph."""
 
-    def __init__(self, slots: Tensor) -> None:
+    def __init__(self, slots: Items[Tensor], cache: KVCache) -> None:
         self._slots = slots
+        self._cache = cache
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Stores K and V, and gives what stands for the layer in the graph."""
-        layer = write_kv(key_states, value_states, self._slots, layer_idx)
+        slots = self._slots[self._cache.group_of_layer(layer_idx)]
+        layer = write_kv(key_states, value_states, slots, layer_idx)
         return layer, layer
 
 
@@ -136,10 +160,11 @@ def try_to_compile(
     found = operators(model.device, cache.block_size)
     if found is None:
         return None
-    if cache.num_blocks < _NUM_EXAMPLE_BLOCKS or cache.block_size < _MIN_BLOCK_SIZE:
+    num_blocks = min(group.num_blocks for group in cache.groups)
+    if num_blocks < _NUM_EXAMPLE_BLOCKS or cache.block_size < _MIN_BLOCK_SIZE:
         logger.info(
             "%s runs uncompiled: the cache has %d blocks of %d tokens, and %d of %d are needed",
-            *(type(model).__name__, cache.num_blocks, cache.block_size),
+            *(type(model).__name__, num_blocks, cache.block_size),
             *(_NUM_EXAMPLE_BLOCKS, _MIN_BLOCK_SIZE),
         )
         return None
@@ -150,7 +175,7 @@ def try_to_compile(
         found.add_pool(layer, *cache.layer(layer))
     try:
         with torch.no_grad(), _example_kv(cache):
-            return make(Compiler(found))
+            return make(Compiler(found, cache))
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         logger.warning("%s runs uncompiled, which is slower: %s", type(model).__name__, said)

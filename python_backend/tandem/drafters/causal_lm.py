@@ -31,7 +31,7 @@ class _Part(NamedTuple):
 class CausalLMDrafter(Drafter):
     """Drafts with a model that has the verifier's vocabulary.
 
-    Its K/V lie in a cache of the verifier's geometry, so a sequence's block table serves both. How
+    Its K/V lie in a cache of the verifier's geometry, so a sequence's block tables serve both. How
     many of a sequence's positions are valid is one number, which `observe` lowers to what was
     committed: that is the whole rollback. It begins with what the prefix cache had: blocks are
     shared only among sequences that this drafter drafts for, and only up to `num_cached`.
@@ -97,10 +97,16 @@ class CausalLMDrafter(Drafter):
         positions: list[int] = []
         for part in parts:
             stop = part.start + len(part.token_ids)
-            spans.append(Span(len(part.token_ids), stop, part.sequence.block_table))
+            spans.append(Span(len(part.token_ids), stop, part.sequence.block_tables))
             token_ids += part.token_ids
             positions += range(part.start, stop)
             rows.append(len(token_ids) - 1)
             self._num_valid[part.sequence.id] = stop
-        packed = PackedBatch(spans, self._cache.block_size, self._model.dtype, self._model.device)
+        packed = PackedBatch(
+            spans,
+            self._cache.block_size,
+            self._model.dtype,
+            self._model.device,
+            windows=self._cache.windows,
+        )
         return packed_logits(self._model, self._cache, packed, token_ids, positions, rows)

@@ -21,9 +21,13 @@ class _Step(nn.Module):
         # The assistant doesn't own it; whoever makes a graph has to find it.
         self.embed = assistant.embed
 
+    def extra_repr(self) -> str:
+        """What a graph of it depends on besides its parts."""
+        return self._compiler.describe()
+
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The next state, `[1, n, hidden_size]`, and logits over the draft vocabulary."""
-        token_ids, hidden, positions, spans, tables = inputs
+        token_ids, hidden, positions, *spans, tables = inputs
         config = self.assistant.config
         assert self.assistant.head is not None
         state = self.assistant(
@@ -53,10 +57,11 @@ class CompiledStep:
         """
         length = cache.block_size + 1
         packed = PackedBatch(
-            [Span(1, length, table) for table in compiler.example_tables],
+            [Span(1, length, tables) for tables in compiler.example_tables],
             cache.block_size,
             assistant.dtype,
             assistant.device,
+            windows=cache.windows,
             causal=False,
         )
         width = assistant.config.get_text_config().hidden_size
@@ -64,7 +69,7 @@ class CompiledStep:
         hidden = torch.linspace(-1, 1, 3 * width).view(1, 3, width).to(assistant.dtype)
         expected = assistant(token_ids, hidden, positions, shared, packed=packed)
         assert assistant.head is not None
-        inputs = [token_ids, hidden, positions, *packed.spans()]
+        inputs = [token_ids, hidden, positions, *_flat(packed)]
         self._graph = compiler.graph(_Step(assistant, compiler), inputs)
         state, logits = self._graph(*inputs)
         compiler.check(state, expected)
@@ -74,8 +79,13 @@ class CompiledStep:
         self, token_ids: Tensor, hidden: Tensor, positions: Tensor, packed: PackedBatch
     ) -> tuple[Tensor, Tensor]:
         """The next state and logits over the draft vocabulary; see `Assistant.forward`."""
-        state, logits = self._graph(token_ids, hidden, positions, *packed.spans())
+        state, logits = self._graph(token_ids, hidden, positions, *_flat(packed))
         return state, logits
+
+
+def _flat(packed: PackedBatch) -> list[Tensor]:
+    spans, tables = packed.spans()
+    return [*spans, tables]
 
 
 def compile_step(assistant: Assistant, shared: SharedKV, cache: KVCache) -> CompiledStep | None:

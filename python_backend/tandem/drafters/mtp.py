@@ -72,10 +72,11 @@ class MTPDrafter(Drafter):
         positions = torch.tensor([[s.num_tokens - 1 for s in sequences]], device=device)
         hidden = torch.stack([self._hidden[s.id] for s in sequences])
         packed = PackedBatch(
-            [Span(1, s.num_computed, s.block_table) for s in sequences],
+            [Span(1, s.num_computed, s.block_tables) for s in sequences],
             self._cache.block_size,
             self._assistant.dtype,
             device,
+            windows=self._cache.windows,
             causal=False,
         )
         drafts = [Draft([], []) for _ in requests]

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 from tandem.drafters.drafter import Drafter, DraftRequest, GoesOn
-from tandem.requests.sequence import Draft, ScheduledSequence
+from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
+
+# Tokens that a drafter may have to catch up on; what they reach stays in the cache until then.
+_MAX_LAG = 64
 
 
 def force(batch: Items[ScheduledSequence]) -> None:
@@ -22,7 +25,7 @@ def force(batch: Items[ScheduledSequence]) -> None:
 def propose(
     drafters: Mapping[str, Drafter], batch: Items[ScheduledSequence], goes_on: GoesOn
 ) -> None:
-    """Lets each drafter see its prompts and guess for its sequences that decode.
+    """Lets each drafter see its prompts, catch up, and guess for its sequences that decode.
 
     Args:
         goes_on: see `Drafter.propose`.
@@ -31,7 +34,9 @@ def propose(
     prompts: dict[str, list[ScheduledSequence]] = defaultdict(list)
     for scheduled in batch:
         sequence = scheduled.sequence
-        if not sequence.is_decoding and sequence.max_lookahead > 0:
+        if sequence.max_lookahead > 0 and (
+            not sequence.is_decoding or _lag(drafters[sequence.drafter], sequence) >= _MAX_LAG
+        ):
             prompts[sequence.drafter].append(scheduled)
         if scheduled.num_draft_tokens > 0 and not scheduled.is_forced:
             guessing[sequence.drafter].append(scheduled)
@@ -46,3 +51,8 @@ def propose(
             if grammar is not None:
                 draft = draft.first(grammar.num_valid(draft.token_ids))
             scheduled.draft = draft
+
+
+def _lag(drafter: Drafter, sequence: Sequence) -> int:
+    """Committed tokens that the drafter lacks, for it wasn't asked for guesses for a while."""
+    return sequence.num_computed - drafter.num_cached(sequence)

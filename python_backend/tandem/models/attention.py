@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from tandem.cache.layer_groups import group_of
 from tandem.errors import UnsupportedModelError
+from tandem.requests.sequence import BlockTable
 from tandem.wing import AttentionKernel, wing_of
 
 ATTENTION = "tandem"
@@ -30,7 +32,7 @@ class Span:
 
     num_queries: int
     kv_len: int
-    block_table: Items[int]
+    block_tables: Items[BlockTable]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class PackedBatch:
 
     With `causal`, a span's queries are the last of its `kv_len` tokens, whose K/V this pass
     writes. Without, the queries stand behind them and see all: that is how a drafter reads its
-    verifier's cache.
+    verifier's cache. A layer reads by the block tables of its group, which its window tells; see
+    `group_of`.
     """
 
     def __init__(
@@ -75,16 +78,18 @@ class PackedBatch:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        windows: Items[int | None] = (None,),
         causal: bool = True,
     ) -> None:
         self._spans = spans
+        self._windows = windows
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
         self._causal = causal
         self._wing = wing_of(device)
         self.kernel: AttentionKernel | None = self._wing.attention_kernel(dtype)
-        self._described: tuple[Tensor, Tensor] | None = None
+        self._described: tuple[list[Tensor], Tensor] | None = None
         self._reads: dict[tuple[int | None, int], list[_Read]] = {}
 
     def attend(
@@ -92,7 +97,8 @@ class PackedBatch:
     ) -> Tensor:
         """See `Packed`; key and value are the pool, `[num_slots, num_kv_heads, head_dim]`."""
         if self.kernel is not None:
-            row = *self.spans(), self._block_size
+            spans, tables = self.spans()
+            row = spans[group_of(self._windows, window)], tables, self._block_size
             return self.kernel(query, key, value, *row, scaling, window, causal=self._causal)
         _, num_heads, num_tokens, head_dim = query.shape
         num_kv_heads = key.shape[1]
@@ -106,34 +112,42 @@ class PackedBatch:
             output[read.queries] = attended.view(num_heads, -1, head_dim).transpose(0, 1)
         return output.unsqueeze(0)
 
-    def slots(self) -> Tensor:
-        """The slots of the queries' own K/V, `[num_tokens]`."""
-        slots = [
-            span.block_table[position // self._block_size] * self._block_size
-            + position % self._block_size
-            for span in self._spans
-            for position in range(span.kv_len - span.num_queries, span.kv_len)
+    def slots(self) -> list[Tensor]:
+        """The slots of the queries' own K/V in each group, `[num_tokens]`."""
+        size = self._block_size
+        return [
+            torch.tensor(
+                [
+                    span.block_tables[group].blocks[position // size] * size + position % size
+                    for span in self._spans
+                    for position in range(span.kv_len - span.num_queries, span.kv_len)
+                ],
+                device=self._device,
+            )
+            for group in range(len(self._windows))
         ]
-        return torch.tensor(slots, device=self._device)
 
-    def spans(self) -> tuple[Tensor, Tensor]:
+    def spans(self) -> tuple[list[Tensor], Tensor]:
         """What a kernel or a compiled pass needs to know of the row.
 
         Returns:
-            For each span, `[num_spans, 4]`: its first row, its number of queries, its `kv_len`, and
-            where its block table begins; and the block tables, one behind the other.
+            In each group, for each span, `[num_spans, 4]`: its first row, its number of queries,
+            its `kv_len`, and where its block table begins; and the block tables of all groups, one
+            behind the other. Of what was given back nothing is there, so a table may begin
+            before them all.
         """
         if self._described is None:
             tables: list[int] = []
-            spans, row = [], 0
-            for span in self._spans:
-                spans.append((row, span.num_queries, span.kv_len, len(tables)))
-                tables += span.block_table[: -(-span.kv_len // self._block_size)]
-                row += span.num_queries
-            self._described = (
-                torch.tensor(spans, dtype=torch.int32),
-                torch.tensor(tables, dtype=torch.int32),
-            )
+            groups = []
+            for group in range(len(self._windows)):
+                spans, row = [], 0
+                for span in self._spans:
+                    table = span.block_tables[group]
+                    spans.append((row, span.num_queries, span.kv_len, len(tables) - table.start))
+                    tables += table.blocks[table.start : -(-span.kv_len // self._block_size)]
+                    row += span.num_queries
+                groups.append(torch.tensor(spans, dtype=torch.int32))
+            self._described = groups, torch.tensor(tables, dtype=torch.int32)
         return self._described
 
     def reads(self, window: int | None, num_groups: int) -> list[_Read]:
@@ -146,7 +160,8 @@ class PackedBatch:
                 earliest = span.kv_len - span.num_queries + 1 if self._causal else span.kv_len
                 first = self._first_key(earliest, window)
                 mask = self._mask(span, first, window, num_groups)
-                reads.append(_Read(queries, self._runs(span, first), mask))
+                table = span.block_tables[group_of(self._windows, window)]
+                reads.append(_Read(queries, self._runs(table, first, span.kv_len), mask))
                 start = queries.stop
             self._reads[key] = reads
         return self._reads[key]
@@ -158,14 +173,14 @@ class PackedBatch:
         # transformers' bidirectional window, which Gemma 4's assistants use, includes both ends.
         return max(0, stop - window if self._causal else stop - window - 1)
 
-    def _runs(self, span: Span, first: int) -> tuple[slice, ...]:
+    def _runs(self, table: BlockTable, first: int, kv_len: int) -> tuple[slice, ...]:
         """The slots of tokens `first` to `kv_len`, as few contiguous runs as there are."""
         size = self._block_size
         runs: list[slice] = []
-        for index in range(first // size, -(-span.kv_len // size)):
-            base = span.block_table[index] * size
+        for index in range(first // size, -(-kv_len // size)):
+            base = table.blocks[index] * size
             start = base + max(0, first - index * size)
-            stop = base + min(size, span.kv_len - index * size)
+            stop = base + min(size, kv_len - index * size)
             if runs and runs[-1].stop == start:
                 runs[-1] = slice(runs[-1].start, stop)
             else:

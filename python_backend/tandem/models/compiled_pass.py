@@ -21,9 +21,14 @@ class _Pass(nn.Module):
         self.model = model
         self._compiler = compiler
 
+    def extra_repr(self) -> str:
+        """What a graph of it depends on besides its parts."""
+        return self._compiler.describe()
+
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the output head reads behind `rows`, `[num_rows, hidden_size]`."""
-        token_ids, positions, rows, slots, spans, tables = inputs
+        token_ids, positions, rows, *groups, tables = inputs
+        slots, spans = groups[: len(groups) // 2], groups[len(groups) // 2 :]
         self.model(
             input_ids=token_ids,
             position_ids=positions,
@@ -53,20 +58,23 @@ class CompiledPass:
         spans = [
             Span(n, length, t) for n, t in zip((3, 2, 2), compiler.example_tables, strict=True)
         ]
-        packed = PackedBatch(spans, cache.block_size, model.dtype, model.device)
+        packed = PackedBatch(
+            spans, cache.block_size, model.dtype, model.device, windows=cache.windows
+        )
         positions = [p for s in spans for p in range(length - s.num_queries, length)]
         token_ids, rows = list(range(len(positions))), [0, 2, 3, 6]
         packed_logits(model, cache, packed, token_ids, positions, rows)
         expected = take_states(model)
-        slots, pools = packed.slots(), [p for layer in cache.layers for p in cache.layer(layer)]
-        written = [pool[slots] for pool in pools]
-        for pool in pools:
-            pool[slots] = torch.nan
+        slots = packed.slots()
+        pools = [(p, slots[cache.group_of_layer(n)]) for n in cache.layers for p in cache.layer(n)]
+        written = [pool[own] for pool, own in pools]
+        for pool, own in pools:
+            pool[own] = torch.nan
         inputs = self._inputs(packed, token_ids, positions, rows)
         self._graph = compiler.graph(_Pass(model, compiler), inputs)
         compiler.check(self(packed, token_ids, positions, rows), expected[0])
-        for pool, states in zip(pools, written, strict=True):
-            compiler.check(pool[slots], states)
+        for (pool, own), states in zip(pools, written, strict=True):
+            compiler.check(pool[own], states)
 
     def __call__(
         self, packed: PackedBatch, token_ids: list[int], positions: list[int], rows: list[int]
@@ -84,13 +92,9 @@ class CompiledPass:
     def _inputs(
         self, packed: PackedBatch, token_ids: list[int], positions: list[int], rows: list[int]
     ) -> list[Tensor]:
-        return [
-            torch.tensor([token_ids]),
-            torch.tensor([positions]),
-            torch.tensor(rows),
-            packed.slots(),
-            *packed.spans(),
-        ]
+        row = torch.tensor([token_ids]), torch.tensor([positions]), torch.tensor(rows)
+        spans, tables = packed.spans()
+        return [*row, *packed.slots(), *spans, tables]
 
 
 def compile_pass(model: PreTrainedModel, cache: KVCache) -> CompiledPass | None:

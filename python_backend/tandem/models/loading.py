@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.cache.kv_cache import KVCache
+from tandem.cache.kv_cache import KVCache, LayerShape
+from tandem.cache.layer_groups import LayerGroup, group_of, plan_groups, windows_of
 from tandem.config import EngineConfig
 from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.models.attention import ATTENTION
@@ -80,29 +83,30 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     models = {None: model} | _load_draft_models(config, model, tokenizer)
     # What each model stores in the cache, and its own logits for a few tokens.
     head = OutputHead(model)
-    probes, groups = {}, {}
+    probes, joined = {}, {}
     for name, each in models.items():
-        with wing.joinable(each) as groups[name]:
+        with wing.joinable(each) as joined[name]:
             probes[name] = probe(each)
     head.examine(probes[None][1])
     for name, each in models.items():
-        wing.prepare(each, groups[name])
+        wing.prepare(each, joined[name])
     head.index()
     # They hold what has been replaced.
-    del groups
+    del joined
     batch_invariant = make_invariant(model, config.batch_invariant)
-    elements_per_token = sum(s.elements_per_token for shapes, _ in probes.values() for s in shapes)
-    num_tokens = _cache_tokens(config, model, max_model_len, elements_per_token * dtype.itemsize)
-    num_blocks = num_tokens // config.block_size
-    if num_blocks * config.block_size < max_model_len:
+    all_shapes = [shape for shapes, _ in probes.values() for shape in shapes]
+    room = CacheRoom(all_shapes, max_model_len, dtype, config)
+    num_tokens = _cache_tokens(config, model, max_model_len, room)
+    if num_tokens < max_model_len:
         raise ConfigError(
-            f"the KV cache holds {num_blocks * config.block_size} tokens, fewer than one sequence "
-            f"of max_model_len {max_model_len}: raise kv_cache_tokens or lower max_model_len"
+            f"the KV cache holds {num_tokens} tokens, fewer than one sequence of max_model_len "
+            f"{max_model_len}: raise kv_cache_tokens or lower max_model_len"
         )
+    groups = room.groups(num_tokens)
     cached = {}
     for name, each in models.items():
         shapes, expected = probes[name]
-        cache = KVCache(shapes, num_blocks, config.block_size, dtype, device)
+        cache = KVCache(shapes, groups, config.block_size, dtype, device)
         each.set_attn_implementation(ATTENTION)
         check_paged(each, cache, expected)
         cached[name] = CachedModel(each, cache)
@@ -111,12 +115,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     compiles = head.is_deferred and not config.enforce_eager
     if not (compiles or config.enforce_eager):
         logger.info("%s runs uncompiled: it changes its logits", type(model).__name__)
-    logger.info(
-        "KV cache: %d tokens in %d blocks, %.1f MiB",
-        verifier.cache.num_slots,
-        num_blocks,
-        sum(c.cache.num_bytes for c in (verifier, *cached.values())) / 2**20,
-    )
+    logger.info("KV cache: %s", room.describe(num_tokens))
     draft_models = {name: each for name, each in cached.items() if name is not None}
     return LoadedVerifier(
         model,
@@ -194,31 +193,97 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
+class CacheRoom:
+    """What a cache for so many tokens of context takes."""
+
+    def __init__(
+        self,
+        shapes: Items[LayerShape],
+        max_model_len: int,
+        dtype: torch.dtype,
+        config: EngineConfig,
+    ) -> None:
+        """Takes what all models store, and how many sequences of which length there may be."""
+        self._config = config
+        self._windows = windows_of((shape.window for shape in shapes), max_model_len)
+        # Of one token, in each group.
+        self._bytes = [0] * len(self._windows)
+        self._num_layers = [0] * len(self._windows)
+        for shape in shapes:
+            group = group_of(self._windows, shape.window)
+            self._bytes[group] += shape.elements_per_token * dtype.itemsize
+            self._num_layers[group] += 1
+
+    def groups(self, num_tokens: int) -> list[LayerGroup]:
+        """How the groups share a cache for so many tokens."""
+        config = self._config
+        return plan_groups(
+            self._windows,
+            num_tokens,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+        )
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Bytes of a cache for so many tokens."""
+        groups = zip(self.groups(num_tokens), self._bytes, strict=True)
+        return sum(group.num_blocks * each for group, each in groups) * self._config.block_size
+
+    def num_tokens(self, num_bytes: int) -> int:
+        """The most tokens, in whole blocks, for which so many bytes are enough."""
+        size = self._config.block_size
+        # Beyond some length a window group takes no more, so a group without one bounds it.
+        kept = sum(b for b, w in zip(self._bytes, self._windows, strict=True) if w is None)
+        most = num_bytes // (kept or sum(self._bytes)) // size
+        counts = range(most + 1)
+        return (bisect_right(counts, num_bytes, key=lambda n: self.num_bytes(n * size)) - 1) * size
+
+    def describe(self, num_tokens: int) -> str:
+        """Sizes for the log."""
+        parts = [
+            f"{group.name}: {num_layers} layers, {group.num_blocks} blocks, {each} bytes a token"
+            for group, num_layers, each in zip(
+                self.groups(num_tokens), self._num_layers, self._bytes, strict=True
+            )
+        ]
+        size = self.num_bytes(num_tokens) / 2**20
+        said = f"{num_tokens} tokens, {size:.1f} MiB ({'; '.join(parts)})"
+        if any(window is not None for window in self._windows):
+            said += f"; without windows {num_tokens * sum(self._bytes) / 2**20:.1f} MiB"
+        return said
+
+
 def _cache_tokens(
-    config: EngineConfig, model: PreTrainedModel, max_model_len: int, bytes_per_token: int
+    config: EngineConfig, model: PreTrainedModel, max_model_len: int, room: CacheRoom
 ) -> int:
     wing = wing_of(model.device)
+    size = config.block_size
     if config.kv_cache_tokens is not None:
-        needed, free = config.kv_cache_tokens * bytes_per_token, wing.free_bytes()
+        num_tokens = config.kv_cache_tokens // size * size
+        needed, free = room.num_bytes(num_tokens), wing.free_bytes()
         if needed > free:
             raise ConfigError(
                 f"kv_cache_tokens {config.kv_cache_tokens} need {needed / 2**30:.1f} GiB, and "
                 f"{free / 2**30:.1f} GiB are free"
             )
-        return config.kv_cache_tokens
+        return num_tokens
     # Each sequence may leave its last block partly empty.
-    per_sequence = -(-max_model_len // config.block_size) * config.block_size
+    per_sequence = -(-max_model_len // size) * size
 
     def largest_pass() -> None:
         ids = probe_ids(model).repeat(1, -(-config.max_num_batched_tokens // NUM_PROBE_TOKENS))
         model(input_ids=ids, use_cache=False, logits_to_keep=config.max_num_seqs)
 
-    wanted = config.max_num_seqs * per_sequence * bytes_per_token
+    wanted = room.num_bytes(config.max_num_seqs * per_sequence)
     share = config.gpu_memory_utilization
     try:
-        return wing.cache_bytes(wanted, share, largest_pass) // bytes_per_token
+        num_bytes = wing.cache_bytes(wanted, share, largest_pass)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"a pass of max_num_batched_tokens, {config.max_num_batched_tokens}, takes more memory "
             "than is free: lower it"
         ) from error
+    if num_bytes == wanted:
+        return config.max_num_seqs * per_sequence
+    return room.num_tokens(num_bytes)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from tandem.cache.kv_cache import KVCache, LayerShape
 from tandem.errors import UnsupportedModelError
 from tandem.models.attention import PackedBatch, Span
+from tandem.requests.sequence import BlockTable
 
 NUM_PROBE_TOKENS = 8
 # A paged pass may differ from transformers' own by rounding alone: by the root mean square, a share
@@ -44,7 +45,8 @@ def probe(model: PreTrainedModel) -> tuple[list[LayerShape], Tensor]:
                 f"{type(model).__name__} has keys of shape {tuple(keys.shape)} and values of "
                 f"shape {tuple(values.shape)} in layer {index}; they must be alike"
             )
-        shapes.append(LayerShape(index, keys.shape[1], keys.shape[3]))
+        window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        shapes.append(LayerShape(index, keys.shape[1], keys.shape[3], window))
     return shapes, logits[0]
 
 
@@ -59,13 +61,20 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
 def check_paged(model: PreTrainedModel, cache: KVCache, expected: Tensor) -> None:
     """Runs the same tokens through the paged cache; any difference means that it doesn't fit.
 
-    The tokens go through in two passes, so that the second reads what the first wrote.
+    The tokens go through in two passes, so that the second reads what the first wrote. Each group
+    has them in other blocks, so that a layer that reads by another group's table shows it.
     """
     ids, rows = probe_ids(model), []
-    blocks = range(-(-NUM_PROBE_TOKENS // cache.block_size))
+    num_blocks = -(-NUM_PROBE_TOKENS // cache.block_size)
+    tables = [
+        BlockTable([(block + number) % group.num_blocks for block in range(num_blocks)])
+        for number, group in enumerate(cache.groups)
+    ]
     for start, stop in ((0, NUM_PROBE_TOKENS // 2), (NUM_PROBE_TOKENS // 2, NUM_PROBE_TOKENS)):
-        span = Span(stop - start, stop, blocks)
-        packed = PackedBatch([span], cache.block_size, model.dtype, model.device)
+        span = Span(stop - start, stop, tables)
+        packed = PackedBatch(
+            [span], cache.block_size, model.dtype, model.device, windows=cache.windows
+        )
         try:
             output = model(
                 input_ids=ids[:, start:stop],

@@ -81,8 +81,10 @@ class Verifier:
             positions += range(start, stop)
             if scheduled.yields_token:
                 rows += range(len(token_ids) - len(scheduled.draft_ids) - 1, len(token_ids))
-            spans.append(Span(stop - start, stop, sequence.block_table))
-        packed = PackedBatch(spans, self.cache.block_size, self._dtype, self._device)
+            spans.append(Span(stop - start, stop, sequence.block_tables))
+        packed = PackedBatch(
+            spans, self.cache.block_size, self._dtype, self._device, windows=self.cache.windows
+        )
         if self.compiled is not None:
             states = self.compiled(packed, token_ids, positions, rows)
             return VerifierOutput(states, self.head, None)

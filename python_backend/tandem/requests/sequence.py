@@ -21,6 +21,21 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+# Stands in a table where a block was.
+GIVEN_BACK = -1
+
+
+@dataclass(eq=False)
+class BlockTable:
+    """A sequence's blocks in one group of layers, one for each `block_size` tokens.
+
+    The first `start` have been given back, since no query reaches them any more.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    start: int = 0
+
+
 @dataclass(eq=False)
 class Sequence:
     """The state of one request.
@@ -37,7 +52,7 @@ class Sequence:
     stop token that ended the text; `started_at` (`time.monotonic`) is when it was first scheduled.
     `prefix_keys` begins with that of the empty prefix: sequences share K/V only where it is the
     same. The block pool adds one for each full block, and has offered the first
-    `num_shared_blocks` of the table to others.
+    `num_shared_blocks` of the tables to others, one table for each group of layers.
     """
 
     id: int
@@ -55,7 +70,7 @@ class Sequence:
     num_computed: int = 0
     num_cached_tokens: int = 0
     prefix_keys: list[bytes] = field(default_factory=lambda: [b""])
-    block_table: list[int] = field(default_factory=list)
+    block_tables: list[BlockTable] = field(default_factory=list)
     num_shared_blocks: int = 0
     cancellation: TandemError | None = None
     finish_reason: FinishReason | None = None

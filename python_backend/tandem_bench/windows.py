@@ -1,0 +1,291 @@
+"""What a cache that frees what is behind a window saves: against one that keeps all, in turns.
+
+Both engines have the same weights and, for conversations, caches of the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
+
+from tandem import Engine, EngineConfig, SamplingParams, Sequence
+from tandem.models.loading import CacheRoom
+from tandem.models.probing import probe
+from tandem_bench.figures import median
+from tandem_bench.noise import undisturbed
+from tandem_bench.settings import Settings, bar, turned
+from tandem_bench.tables import Cells, table
+from tandem_bench.workload import repeat_to_fill
+
+PART = "windows"
+# Conversations of this many tokens are stored.
+_NUM_STORED, _STORED = 16, 8192
+# Those that are served: a prompt and an answer, more than find room.
+_NUM_SERVED, _PROMPT, _ANSWER = 24, 3000, 100
+_CACHE_TOKENS = 3 * 4096
+_CONCURRENCIES = (1, 4, 16)
+_STEPS = 40
+_NUM_TURNS, _TURN = 20, 120
+# Of the published Gemma 4 models, what their caches depend on; everything else is small.
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "vocab_size": 64,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 0,
+    "head_dim": 256,
+    "global_head_dim": 512,
+}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "Gemma 4 E2B": {
+        "num_hidden_layers": 35,
+        "period": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "sliding_window": 512,
+        "num_kv_shared_layers": 20,
+    },
+    "Gemma 4 31B": {
+        "num_hidden_layers": 60,
+        "period": 6,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+        "attention_k_eq_v": True,
+        "sliding_window": 1024,
+        "num_kv_shared_layers": 0,
+    },
+}
+
+
+def run(settings: Settings) -> None:
+    """Measures what is not in `windows.json` yet."""
+    results = settings.results(PART, ())
+    runs = {
+        "stored": stored,
+        "published": published,
+        "served": served,
+        "short": short,
+        "chat": chat,
+    }
+    todo = [name for name in runs if name not in results]
+    with bar(PART, len(todo), results) as shown:
+        for name in todo:
+            shown.say(name)
+            cell, around = undisturbed(partial(runs[name], settings))
+            results.put(name, {**cell, **around})
+            shown.advance()
+
+
+@contextmanager
+def without_windows() -> Iterator[None]:
+    """Engines that load meanwhile keep all K/V of all layers."""
+    with patch("tandem.models.loading.windows_of", lambda *_: [None]):
+        yield
+
+
+def engines(config: EngineConfig) -> dict[str, Engine]:
+    """One that frees what is behind a window, and one that keeps it."""
+    after = Engine(config)
+    with without_windows():
+        return {"before": Engine(config), "after": after}
+
+
+def bytes_used(engine: Engine) -> int:
+    """Of blocks that belong to sequences."""
+    cache = engine.verifier.cache
+    total = 0
+    for number, group in enumerate(engine.load.groups.values()):
+        each = sum(
+            2 * cache.layer(n)[0][0].numel() * cache.layer(n)[0].element_size()
+            for n in cache.layers
+            if cache.group_of_layer(n) == number
+        )
+        total += group.num_used * cache.block_size * each
+    return total
+
+
+def stored(settings: Settings) -> dict[str, float]:
+    """Bytes of conversations that are in the cache, at their ends."""
+    config = settings.engine_config(
+        max_num_seqs=_NUM_STORED, max_model_len=_STORED, drafters={}, kv_cache_tokens=None
+    )
+    found: dict[str, float] = {}
+    for name in ("after", "before"):
+        if name == "after":
+            engine = Engine(config)
+        else:
+            with without_windows():
+                engine = Engine(config)
+        text = _text(settings, _STORED - 2)
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        sequences = [engine.make_sequence(turned(text, n), params) for n in range(_NUM_STORED)]
+        for sequence in sequences:
+            engine.add(sequence)
+        most = 0
+        while engine.has_work:
+            engine.step()
+            most = max(most, bytes_used(engine))
+        found[f"mib_used_{name}"] = round(most / 2**20, 1)
+        found[f"mib_allocated_{name}"] = round(engine.verifier.cache.num_bytes / 2**20, 1)
+        del engine
+    found["ratio"] = round(found["mib_used_after"] / found["mib_used_before"], 3)
+    return found
+
+
+def published(settings: Settings) -> dict[str, float]:
+    """Bytes of a cache for as many conversations, computed by the same code; nothing is loaded."""
+    found: dict[str, float] = {}
+    config = settings.engine_config(max_num_seqs=_NUM_STORED, max_model_len=_STORED)
+    for name, shape in _PUBLISHED.items():
+        values = dict(shape)
+        period, count = values.pop("period"), values["num_hidden_layers"]
+        kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
+        values["layer_types"] = [kinds[n % period] for n in range(count)]
+        text = Gemma4TextConfig(**values | _SMALL)
+        model = AutoModelForCausalLM.from_config(text, dtype=torch.bfloat16)
+        shapes, _ = probe(model)
+        tokens = _NUM_STORED * _STORED
+        sizes = []
+        for windows in ("before", "after"):
+            with without_windows() if windows == "before" else nullcontext():
+                sizes.append(
+                    CacheRoom(shapes, _STORED, torch.bfloat16, config).num_bytes(tokens) / 2**30
+                )
+        found[f"{name}: gib_allocated_before"] = round(sizes[0], 2)
+        found[f"{name}: gib_allocated_after"] = round(sizes[1], 2)
+        found[f"{name}: ratio"] = round(sizes[1] / sizes[0], 3)
+    return found
+
+
+def served(settings: Settings) -> dict[str, float]:
+    """Long conversations, all sent at once, in caches of the same bytes."""
+    config = settings.engine_config(max_num_seqs=16, max_model_len=4096, drafters={})
+    with without_windows():
+        before = Engine(replace(config, kv_cache_tokens=_CACHE_TOKENS))
+    most = before.verifier.cache.num_bytes
+    after = Engine(replace(config, kv_cache_tokens=_tokens_of(before, config, most)))
+    found: dict[str, list[float]] = {}
+    params = SamplingParams(max_tokens=_ANSWER, temperature=0.0, ignore_eos=True)
+    for number in range(settings.rounds):
+        for name, engine in turned(list({"before": before, "after": after}.items()), number):
+            text = _text(settings, _PROMPT)
+            sequences = [engine.make_sequence(turned(text, n), params) for n in range(_NUM_SERVED)]
+            preempted, started = engine.load.num_preemptions, time.perf_counter()
+            for sequence in sequences:
+                engine.add(sequence)
+            running = []
+            while engine.has_work:
+                engine.step()
+                running.append(engine.load.num_running)
+            seconds = time.perf_counter() - started
+            figures = {
+                "mib": engine.verifier.cache.num_bytes / 2**20,
+                "most_at_once": max(running),
+                "mean_at_once": sum(running) / len(running),
+                "preemptions": engine.load.num_preemptions - preempted,
+                "tokens_per_second": _NUM_SERVED * _ANSWER / seconds,
+            }
+            for figure, value in figures.items():
+                found.setdefault(f"{figure}_{name}", []).append(value)
+    return {figure: round(median(values), 2) for figure, values in found.items()}
+
+
+def _tokens_of(before: Engine, config: EngineConfig, num_bytes: int) -> int:
+    shapes, _ = probe(before.verifier.model)
+    room = CacheRoom(shapes, before.max_model_len, before.verifier.model.dtype, config)
+    return room.num_tokens(num_bytes)
+
+
+def short(settings: Settings) -> dict[str, float]:
+    """Steps a second at short contexts."""
+    config = settings.engine_config(max_num_seqs=max(_CONCURRENCIES))
+    both = engines(config)
+    found: dict[str, list[float]] = {}
+    texts = repeat_to_fill(settings.prompts(), max(_CONCURRENCIES))
+    params = SamplingParams(max_tokens=4 * _STEPS, temperature=0.0, ignore_eos=True)
+    for number in range(2 * settings.rounds):
+        for count in _CONCURRENCIES:
+            rates = {}
+            for name, engine in turned(list(both.items()), number):
+                sequences = [
+                    engine.make_sequence(text, params, drafter="none") for text in texts[:count]
+                ]
+                for sequence in sequences:
+                    engine.add(sequence)
+                while not all(sequence.is_decoding for sequence in sequences):
+                    engine.step()
+                times = []
+                for _ in range(_STEPS):
+                    started = time.perf_counter()
+                    engine.step()
+                    times.append(time.perf_counter() - started)
+                rates[name] = 1 / median(times)
+                _cancel(engine, sequences)
+            found.setdefault(f"{count}: after_to_before", []).append(
+                rates["after"] / rates["before"]
+            )
+    return {figure: round(median(values), 3) for figure, values in found.items()}
+
+
+def chat(settings: Settings) -> dict[str, float]:
+    """A conversation of many turns: what the prefix cache has of each, and its first tokens."""
+    config = settings.engine_config(
+        max_num_seqs=16, max_model_len=4096, enable_prefix_caching=True, drafters={}
+    )
+    both = engines(config)
+    found: dict[str, float] = {}
+    for name, engine in both.items():
+        text = _text(settings, _TURN * _NUM_TURNS)
+        token_ids: list[int] = []
+        shares, firsts = [], []
+        for turn in range(_NUM_TURNS):
+            known = len(token_ids)
+            token_ids = token_ids + text[turn * _TURN // 2 : (turn + 1) * _TURN // 2]
+            params = SamplingParams(max_tokens=_TURN // 2, temperature=0.0, ignore_eos=True)
+            (sequence,) = [engine.make_sequence(token_ids, params)]
+            started, first = time.perf_counter(), 0.0
+            engine.add(sequence)
+            while engine.has_work:
+                engine.step()
+                if not first and sequence.num_output_tokens:
+                    first = time.perf_counter() - started
+            if turn:
+                shares.append(sequence.num_cached_tokens / known)
+                firsts.append(1e3 * first)
+            token_ids = sequence.token_ids
+        found[f"tokens_at_the_end_{name}"] = len(token_ids)
+        found[f"least_share_of_a_turn_found_{name}"] = round(min(shares), 3)
+        found[f"median_ms_to_first_token_{name}"] = round(median(firsts), 1)
+        found[f"most_ms_to_first_token_{name}"] = round(max(firsts), 1)
+    return found
+
+
+def _text(settings: Settings, length: int) -> list[int]:
+    tokens = [token for prompt in settings.prompts() for token in prompt]
+    return (tokens * -(-length // len(tokens)))[:length]
+
+
+def _cancel(engine: Engine, sequences: Items[Sequence]) -> None:
+    for sequence in sequences:
+        engine.cancel(sequence)
+    engine.step()
+
+
+def summary(cells: Cells) -> str:
+    """One figure a row."""
+    rows: list[list[Any]] = [
+        [name, figure.replace("_", " "), value]
+        for name, cell in cells.items()
+        for figure, value in cell.items()
+    ]
+    return table(["", "", ""], rows)
