@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,11 +13,14 @@ from tandem_bench.figures import median
 from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar
 from tandem_bench.tables import Cells, table
+from tandem_bench.windows import bytes_used
 from tandem_bench.workload import repeat_to_fill
 
 PART = "prompts"
 _NUM_DECODING = 8
-_LONG = 4000
+_LONG, _VERY_LONG = 4000, 32000
+# Tokens that those who decode may write meanwhile.
+_MEANWHILE = 6000
 _SHARED, _OWN = 1000, 20
 _CALM_STEPS = 40
 
@@ -24,30 +28,40 @@ _CALM_STEPS = 40
 def run(settings: Settings) -> None:
     """Measures what is not in `prompts.json` yet, each the median of the rounds."""
     results = settings.results(PART, ())
-    runs = {"long prompt": long_prompt, "shared prefix": shared_prefix}
-    todo = [name for name in runs if name not in results]
-    if not todo:
-        return
-    with bar(PART, len(todo) * settings.rounds, results) as shown:
-        shown.say("loading")
-        config = settings.engine_config(max_num_seqs=_NUM_DECODING + 1, enable_prefix_caching=True)
-        room = _LONG + 2 * settings.max_tokens
-        engine = Engine(replace(config, max_model_len=room))
+    runs: dict[str, tuple[Callable[..., dict[str, float]], int]] = {
+        "long prompt": (partial(long_prompt, length=_LONG), settings.rounds),
+        "shared prefix": (shared_prefix, settings.rounds),
+        "very long prompt": (partial(long_prompt, length=_VERY_LONG), 1),
+    }
+    todo = {name: each for name, each in runs.items() if name not in results}
+    with bar(PART, sum(rounds for _, rounds in todo.values()), results) as shown:
         texts = settings.prompts()
         tokens = [token for text in texts for token in text]
-        for name in todo:
+        loaded = 0
+        for name, (run_once, rounds) in todo.items():
+            room = (_VERY_LONG if "very" in name else _LONG) + 2 * settings.max_tokens
+            if room != loaded:
+                shown.say("loading")
+                engine, loaded = _load(settings, room), room
             found = []
-            for number in range(settings.rounds):
+            for number in range(rounds):
                 shown.say(f"{name}, round {number + 1}")
-                figures, around = undisturbed(partial(runs[name], engine, texts, tokens, number))
+                figures, around = undisturbed(partial(run_once, engine, texts, tokens, number))
                 found.append({**figures, **around})
                 shown.advance()
             cell = {key: round(median([each[key] for each in found]), 3) for key in found[0]}
             results.put(name, cell)
 
 
+def _load(settings: Settings, room: int) -> Engine:
+    config = settings.engine_config(max_num_seqs=_NUM_DECODING + 1, enable_prefix_caching=True)
+    num_tokens = room + _NUM_DECODING * min(room, _MEANWHILE)
+    num_tokens = -(-num_tokens // config.block_size) * config.block_size
+    return Engine(replace(config, max_model_len=room, kv_cache_tokens=num_tokens))
+
+
 def long_prompt(
-    engine: Engine, texts: list[list[int]], tokens: list[int], number: int
+    engine: Engine, texts: list[list[int]], tokens: list[int], number: int, *, length: int
 ) -> dict[str, float]:
     """Milliseconds between the tokens of sequences that decode, before a prompt comes and while."""
     params = SamplingParams(max_tokens=engine.max_model_len, temperature=0.0, ignore_eos=True)
@@ -60,14 +74,18 @@ def long_prompt(
     while not all(sequence.is_decoding for sequence in decoding):
         engine.step()
     calm = [_seconds(engine) for _ in range(_CALM_STEPS)]
-    prompt = _prompt(tokens, _LONG, number)
+    prompt = _prompt(tokens, length, number)
     newcomer = engine.make_sequence(prompt, replace(params, max_tokens=1), drafter="none")
     engine.add(newcomer)
     busy: list[float] = []
+    before, most = bytes_used(engine), 0
     while not newcomer.is_finished:
         busy.append(_seconds(engine))
+        most = max(most, bytes_used(engine))
     _cancel(engine, decoding)
     return {
+        "prompt_tokens": length,
+        "mib_more_in_the_cache": (most - before) / 2**20,
         "ms_before": 1e3 * median(calm),
         "ms_meanwhile": 1e3 * median(busy),
         "slowdown": median(busy) / median(calm),

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from tandem import Engine, EngineConfig, SamplingParams, Sequence
+from tandem.cache.kv_cache import LayerShape
 from tandem.models.loading import CacheRoom
 from tandem.models.probing import probe
 from tandem_bench.figures import median
@@ -27,13 +28,15 @@ from tandem_bench.tables import Cells, table
 from tandem_bench.workload import repeat_to_fill
 
 PART = "windows"
+_PLAIN: dict[str, Any] = {"drafters": {}, "default_drafter": None}
 # Conversations of this many tokens are stored.
-_NUM_STORED, _STORED = 16, 8192
+_NUM_STORED, _STORED, _WRITTEN = 16, 8192, 400
 # Those that are served: a prompt and an answer, more than find room.
 _NUM_SERVED, _PROMPT, _ANSWER = 24, 3000, 100
+_MOST_SERVED, _LONGEST = 8, 4096
 _CACHE_TOKENS = 3 * 4096
 _CONCURRENCIES = (1, 4, 16)
-_STEPS = 40
+_STEPS, _SHORT_ROUNDS = 40, 8
 _NUM_TURNS, _TURN = 20, 120
 # Of the published Gemma 4 models, what their caches depend on; everything else is small.
 _SMALL: dict[str, Any] = {
@@ -41,7 +44,6 @@ _SMALL: dict[str, Any] = {
     "intermediate_size": 64,
     "vocab_size": 64,
     "vocab_size_per_layer_input": 64,
-    "hidden_size_per_layer_input": 0,
     "head_dim": 256,
     "global_head_dim": 512,
 }
@@ -53,6 +55,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "sliding_window": 512,
         "num_kv_shared_layers": 20,
+        "hidden_size_per_layer_input": 8,
     },
     "Gemma 4 31B": {
         "num_hidden_layers": 60,
@@ -63,6 +66,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": True,
         "sliding_window": 1024,
         "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
     },
 }
 
@@ -93,11 +97,10 @@ def without_windows() -> Iterator[None]:
         yield
 
 
-def engines(config: EngineConfig) -> dict[str, Engine]:
-    """One that frees what is behind a window, and one that keeps it."""
-    after = Engine(config)
-    with without_windows():
-        return {"before": Engine(config), "after": after}
+def load(name: str, config: EngineConfig) -> Engine:
+    """An engine that frees what is behind a window ("after"), or keeps it ("before")."""
+    with without_windows() if name == "before" else nullcontext():
+        return Engine(config)
 
 
 def bytes_used(engine: Engine) -> int:
@@ -117,24 +120,22 @@ def bytes_used(engine: Engine) -> int:
 def stored(settings: Settings) -> dict[str, float]:
     """Bytes of conversations that are in the cache, at their ends."""
     config = settings.engine_config(
-        max_num_seqs=_NUM_STORED, max_model_len=_STORED, drafters={}, kv_cache_tokens=None
+        max_num_seqs=_NUM_STORED, max_model_len=_STORED, **_PLAIN, kv_cache_tokens=None
     )
     found: dict[str, float] = {}
     for name in ("after", "before"):
-        if name == "after":
-            engine = Engine(config)
-        else:
-            with without_windows():
-                engine = Engine(config)
-        text = _text(settings, _STORED - 2)
-        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        engine = load(name, config)
+        # The last tokens are written, so that nobody has ended before all have begun.
+        text = _text(settings, _STORED - _WRITTEN)
+        params = SamplingParams(max_tokens=_WRITTEN, temperature=0.0, ignore_eos=True)
         sequences = [engine.make_sequence(turned(text, n), params) for n in range(_NUM_STORED)]
         for sequence in sequences:
             engine.add(sequence)
         most = 0
-        while engine.has_work:
-            engine.step()
+        while not any(sequence.is_finished for sequence in sequences):
             most = max(most, bytes_used(engine))
+            engine.step()
+        _cancel(engine, [s for s in sequences if not s.is_finished])
         found[f"mib_used_{name}"] = round(most / 2**20, 1)
         found[f"mib_allocated_{name}"] = round(engine.verifier.cache.num_bytes / 2**20, 1)
         del engine
@@ -169,11 +170,10 @@ def published(settings: Settings) -> dict[str, float]:
 
 def served(settings: Settings) -> dict[str, float]:
     """Long conversations, all sent at once, in caches of the same bytes."""
-    config = settings.engine_config(max_num_seqs=16, max_model_len=4096, drafters={})
-    with without_windows():
-        before = Engine(replace(config, kv_cache_tokens=_CACHE_TOKENS))
+    config = settings.engine_config(max_num_seqs=_MOST_SERVED, max_model_len=_LONGEST, **_PLAIN)
+    before = load("before", replace(config, kv_cache_tokens=_CACHE_TOKENS))
     most = before.verifier.cache.num_bytes
-    after = Engine(replace(config, kv_cache_tokens=_tokens_of(before, config, most)))
+    after = load("after", replace(config, kv_cache_tokens=_tokens_of(before, config, most)))
     found: dict[str, list[float]] = {}
     params = SamplingParams(max_tokens=_ANSWER, temperature=0.0, ignore_eos=True)
     for number in range(settings.rounds):
@@ -201,22 +201,35 @@ def served(settings: Settings) -> dict[str, float]:
 
 
 def _tokens_of(before: Engine, config: EngineConfig, num_bytes: int) -> int:
-    shapes, _ = probe(before.verifier.model)
-    room = CacheRoom(shapes, before.max_model_len, before.verifier.model.dtype, config)
-    return room.num_tokens(num_bytes)
+    """Tokens of context for which so many bytes are enough with windows."""
+    model, cache = before.verifier.model, before.verifier.cache
+    text: Any = model.config.get_text_config()
+    windows = {"sliding_attention": text.sliding_window}
+    shapes = []
+    for layer in cache.layers:
+        _, num_kv_heads, head_dim = cache.layer(layer)[0].shape
+        window = windows.get(text.layer_types[layer])
+        shapes.append(LayerShape(layer, num_kv_heads, head_dim, window))
+    return CacheRoom(shapes, before.max_model_len, model.dtype, config).num_tokens(num_bytes)
 
 
 def short(settings: Settings) -> dict[str, float]:
-    """Steps a second at short contexts."""
+    """How long steps take at short contexts.
+
+    Of equal engines in a process the first is slower, by where its weights lie, and a later one a
+    little faster. So the first is not measured, and the others are loaded in an order that favours
+    none.
+    """
     config = settings.engine_config(max_num_seqs=max(_CONCURRENCIES))
-    both = engines(config)
-    found: dict[str, list[float]] = {}
+    order = ("before", "before", "after", "after", "before")
+    loaded = [(name, load(name, config)) for name in order]
+    found: dict[str, float] = {}
     texts = repeat_to_fill(settings.prompts(), max(_CONCURRENCIES))
     params = SamplingParams(max_tokens=4 * _STEPS, temperature=0.0, ignore_eos=True)
-    for number in range(2 * settings.rounds):
-        for count in _CONCURRENCIES:
-            rates = {}
-            for name, engine in turned(list(both.items()), number):
+    for count in _CONCURRENCIES:
+        times: dict[str, list[float]] = {"before": [], "after": []}
+        for number in range(_SHORT_ROUNDS):
+            for name, engine in turned(loaded[1:], number):
                 sequences = [
                     engine.make_sequence(text, params, drafter="none") for text in texts[:count]
                 ]
@@ -224,27 +237,26 @@ def short(settings: Settings) -> dict[str, float]:
                     engine.add(sequence)
                 while not all(sequence.is_decoding for sequence in sequences):
                     engine.step()
-                times = []
+                steps = []
                 for _ in range(_STEPS):
                     started = time.perf_counter()
                     engine.step()
-                    times.append(time.perf_counter() - started)
-                rates[name] = 1 / median(times)
+                    steps.append(time.perf_counter() - started)
+                times[name].append(1e3 * median(steps))
                 _cancel(engine, sequences)
-            found.setdefault(f"{count}: after_to_before", []).append(
-                rates["after"] / rates["before"]
-            )
-    return {figure: round(median(values), 3) for figure, values in found.items()}
+        for name, each in times.items():
+            found[f"{count}: step_ms_{name}"] = round(sum(each) / len(each), 2)
+    return found
 
 
 def chat(settings: Settings) -> dict[str, float]:
     """A conversation of many turns: what the prefix cache has of each, and its first tokens."""
     config = settings.engine_config(
-        max_num_seqs=16, max_model_len=4096, enable_prefix_caching=True, drafters={}
+        max_num_seqs=16, max_model_len=_LONGEST, enable_prefix_caching=True, **_PLAIN
     )
-    both = engines(config)
     found: dict[str, float] = {}
-    for name, engine in both.items():
+    for name in ("before", "after"):
+        engine = load(name, config)
         text = _text(settings, _TURN * _NUM_TURNS)
         token_ids: list[int] = []
         shares, firsts = [], []

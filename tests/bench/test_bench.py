@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tandem import Engine
-from tandem_bench import figures, report, tables
+from tandem_bench import figures, report, tables, windows
 from tandem_bench.arrivals import poisson
 from tandem_bench.figures import Trace
 from tandem_bench.invariance import DTYPES, TEMPERATURES, Job, compare, ways
@@ -197,6 +197,37 @@ def test_hits_and_preemptions_do_happen(tiny: TinyModels, tmp_path: Path) -> Non
         assert compare(engine, settings, way, jobs, 0.0)["tokens_hit"] > 0
     engine = Engine(settings.engine_config(max_num_seqs=16, **preempted.engine))
     assert compare(engine, settings, preempted, jobs, 0.0)["preemptions"] > 0
+
+
+@pytest.mark.slow
+def test_windows_save_memory(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes stored, what runs at once in as many, and a chat that hits at every turn's end."""
+    model = {"verifier": str(tiny.verifier("gemma-3")), "dtype": "float32", "block_size": 4}
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**model, "enforce_eager": True, "max_num_batched_tokens": 16}))
+    for name, value in {
+        "_NUM_STORED": 3,
+        "_STORED": 200,
+        "_WRITTEN": 60,
+        "_CACHE_TOKENS": 768,
+        "_PROMPT": 120,
+        "_ANSWER": 10,
+        "_NUM_TURNS": 5,
+        "_TURN": 40,
+    }.items():
+        monkeypatch.setattr(windows, name, value)
+    monkeypatch.setattr(windows, "_LONGEST", 256)
+    settings = Settings(path, rounds=1)
+    monkeypatch.setattr(Settings, "prompts", lambda _: [[3 + n % 350 for n in range(500)]])
+    found = windows.stored(settings)
+    assert found["mib_used_after"] < 0.6 * found["mib_used_before"]
+    found = windows.served(settings)
+    assert found["mib_after"] <= found["mib_before"]
+    assert found["most_at_once_after"] > found["most_at_once_before"]
+    found = windows.chat(settings)
+    assert found["least_share_of_a_turn_found_after"] > 0.8
 
 
 @pytest.mark.slow

@@ -245,11 +245,12 @@ def test_groups_by_their_windows() -> None:
         group_of([512, 1024], 256)
 
 
-def test_a_window_group_takes_what_running_sequences_need_twice() -> None:
-    full, window = plan_groups([None, 512], 131072, 16, 16, 512)
-    assert full == LayerGroup(None, 8192)
-    assert window == LayerGroup(512, 2 * 16 * 36 + 32)
-    assert plan_groups([None, 512], 1024, 16, 16, 512) == [
-        LayerGroup(None, 64),
-        LayerGroup(512, 64),
-    ]
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks"), [(131072, (8192, 32 * 36 + 32)), (1024, (64, 64))]
+)
+def test_a_window_group_has_blocks_for_all_that_run_and_for_conversations_at_rest(
+    num_tokens: int, blocks: tuple[int, int]
+) -> None:
+    """16 sequences of 512 tokens and more, as many again, and a pass; or what all tokens fill."""
+    groups = plan_groups([None, 512], num_tokens, 16, 8192, 16, 512)
+    assert groups == [LayerGroup(None, blocks[0]), LayerGroup(512, blocks[1])]

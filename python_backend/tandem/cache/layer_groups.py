@@ -65,15 +65,16 @@ def plan_groups(
     windows: Iterable[int | None],
     num_tokens: int,
     block_size: int,
+    max_model_len: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> list[LayerGroup]:
-    """Divides a cache for `num_tokens` tokens of context among its groups.
+    """Divides a cache for `num_tokens` tokens of context among its groups, for good.
 
-    A window group has what `max_num_seqs` sequences and the largest pass can hold at most, and for
-    the sequences as much again, for prefixes that nobody uses right now: conversations may be half
-    as long as `max_model_len` before the windows of those that rest are the first to go. It never
-    has more blocks than all tokens fill, so that none runs out before a group without a window.
+    A window group has what `max_num_seqs` sequences and the largest pass can hold at most, so that
+    it never runs out before a group without a window; and a window for each conversation of
+    `max_model_len` that the others hold, so that one that rests can go on. It never has more blocks
+    than all tokens fill.
     """
     num_blocks = num_tokens // block_size
     groups = []
@@ -82,6 +83,7 @@ def plan_groups(
         if window is not None:
             # What is behind the last full block, and where window and pass begin inside a block.
             each = -(-(window + 1) // block_size) + 3
-            most = 2 * max_num_seqs * each + -(-max_num_batched_tokens // block_size)
+            most = (max_num_seqs + num_tokens // max_model_len) * each
+            most += -(-max_num_batched_tokens // block_size)
         groups.append(LayerGroup(window, min(num_blocks, most)))
     return groups

@@ -205,6 +205,7 @@ class CacheRoom:
     ) -> None:
         """Takes what all models store, and how many sequences of which length there may be."""
         self._config = config
+        self._max_model_len = max_model_len
         self._windows = windows_of((shape.window for shape in shapes), max_model_len)
         # Of one token, in each group.
         self._bytes = [0] * len(self._windows)
@@ -221,6 +222,7 @@ class CacheRoom:
             self._windows,
             num_tokens,
             config.block_size,
+            self._max_model_len,
             config.max_num_seqs,
             config.max_num_batched_tokens,
         )
