@@ -213,7 +213,7 @@ def test_windows_save_memory(
         "_WRITTEN": 60,
         "_CACHE_TOKENS": 768,
         "_PROMPT": 120,
-        "_ANSWER": 10,
+        "_ANSWER": 60,
         "_NUM_TURNS": 5,
         "_TURN": 40,
     }.items():

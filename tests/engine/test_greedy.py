@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tandem import Engine, SamplingParams
-from tiny_engines import TinyModels
-from tiny_models import VERIFIERS, WINDOW
+from tandem import ConfigError, Engine, SamplingParams
+from tiny_engines import TinyModels, config_of
+from tiny_models import VERIFIERS, WINDOW, load_reference, save_model
 
 NUM_TOKENS = 64
 CHUNK = 16
@@ -40,6 +41,38 @@ def test_greedy_equals_transformers(
         assert output.token_ids == hf_greedy(model, prompt)
         assert output.finish_reason == "length"
         assert output.num_verify_steps == NUM_TOKENS
+
+
+SCALED = {
+    "yarn": {"factor": 4.0},
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0]},
+}
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_scaled_positions_are_those_of_transformers(
+    rope_type: str, tiny: TinyModels, tmp_path: Path
+) -> None:
+    """Far beyond the length that the scaling starts from, but where that changes all positions."""
+    config = LlamaConfig.from_pretrained(tiny.verifier("llama"))
+    start = 128 if rope_type == "longrope" else 32
+    config.rope_parameters = {
+        "rope_type": rope_type,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": start,
+        **SCALED[rope_type],
+    }
+    path = save_model(LlamaForCausalLM(config), tmp_path / "scaled")
+    engine = Engine(config_of(path, max_model_len=128, max_num_batched_tokens=CHUNK))
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    model = load_reference(path)
+    for prompt, output in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+        assert output.token_ids == hf_greedy(model, prompt)
+    if rope_type == "longrope":
+        with pytest.raises(ConfigError, match=r"max_model_len 129 is beyond .* limit of 128"):
+            Engine(config_of(path, max_model_len=129))
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -153,7 +153,7 @@ def test_threads_that_read_give_way_to_steps(server: TritonServer) -> None:
     stats = [path.read_text() for path in Path(f"/proc/{stub.pid}/task").glob("*/stat")]
     nice = Counter(int(stat.rpartition(")")[2].split()[16]) for stat in stats)
     assert nice.keys() == {0, 10}
-    assert 2 <= nice[10] <= 4  # for guides there are others
+    assert nice[10] >= 2  # for guides there are others
     checkers = [child for child in stub.children() if "check_guides" in " ".join(child.cmdline())]
     assert [child.nice() for child in checkers] == [15] * len(checkers) != []
 

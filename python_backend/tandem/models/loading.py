@@ -6,9 +6,15 @@ import logging
 from bisect import bisect_right
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tandem.cache.kv_cache import KVCache, LayerShape
 from tandem.cache.layer_groups import LayerGroup, group_of, plan_groups, windows_of
@@ -31,6 +37,8 @@ logger = logging.getLogger("tandem")
 
 _DEFAULT_MODEL_LEN = 4096
 _NUM_VOCABULARY_PROBES = 2000
+# RoPE that turns all sequences of a pass otherwise as soon as one of them is longer than this.
+_CHANGING_ROPE = ("longrope", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     wing.set_up()
     model = load_model(config.verifier, dtype, device, key="verifier")
     text_config = model.config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
+    limit = _longest(text_config)
     max_model_len = config.max_model_len or min(limit, _DEFAULT_MODEL_LEN)
     if max_model_len > limit:
         raise ConfigError(
@@ -128,6 +136,16 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
         batch_invariant,
         draft_models,
     )
+
+
+def _longest(config: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence that the model is for."""
+    longest: int = getattr(config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    for settings in (rope, *(each for each in rope.values() if isinstance(each, dict))):
+        if settings.get("rope_type") in _CHANGING_ROPE:
+            longest = min(longest, settings.get("original_max_position_embeddings") or longest)
+    return longest
 
 
 def _load_draft_models(
