@@ -307,6 +307,21 @@ def test_prompts_that_begin_alike_wait_for_the_first() -> None:
     assert num_computed == 20 + 3 * 4
 
 
+def test_blocks_that_a_sequence_found_are_counted_once_it_begins() -> None:
+    """However often it was asked before whether there is room: it lacks a block for three steps."""
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 5)], BLOCK_SIZE), 2, 32, 24)
+    first, second = sequence(12, 3), sequence(20, 3, number=1)
+    for one in (first, second):
+        scheduler.add(one)
+    (blocks,) = scheduler.pool.blocks
+    while not first.is_finished:
+        (scheduled,) = scheduler.schedule()
+        assert blocks.num_reused == 0
+        commit(scheduler, scheduled, 0, 0)
+    scheduler.schedule()
+    assert blocks.num_reused == second.num_cached_tokens // BLOCK_SIZE == 3
+
+
 def test_decoding_goes_before_a_long_prompt() -> None:
     """The prompt gets what decoding leaves, chunk by chunk."""
     scheduler = Scheduler(BlockPool([LayerGroup(None, 20)], BLOCK_SIZE), 4, 8, 64)

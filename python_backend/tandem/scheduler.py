@@ -145,6 +145,7 @@ class Scheduler:
         ):
             self.pool.shrink(sequence, 0)
             return None
+        self.pool.count_reuse(sequence)
         sequence.num_computed = sequence.num_cached_tokens = num_cached_tokens
         self.running.append(self.waiting.popleft())
         return sequence

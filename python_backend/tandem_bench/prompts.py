@@ -6,14 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from tandem import Engine, SamplingParams, Sequence
+from tandem import Engine, SamplingParams
 from tandem_bench.figures import median
 from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar
-from tandem_bench.tables import Cells, table
-from tandem_bench.windows import bytes_used
+from tandem_bench.windows import bytes_used, cancel
 from tandem_bench.workload import repeat_to_fill
 
 PART = "prompts"
@@ -82,7 +80,7 @@ def long_prompt(
     while not newcomer.is_finished:
         busy.append(_seconds(engine))
         most = max(most, bytes_used(engine))
-    _cancel(engine, decoding)
+    cancel(engine, decoding)
     return {
         "prompt_tokens": length,
         "mib_more_in_the_cache": (most - before) / 2**20,
@@ -128,19 +126,3 @@ def _seconds(engine: Engine) -> float:
     start = time.perf_counter()
     engine.step()
     return time.perf_counter() - start
-
-
-def _cancel(engine: Engine, sequences: list[Sequence]) -> None:
-    for sequence in sequences:
-        engine.cancel(sequence)
-    engine.step()
-
-
-def summary(cells: Cells) -> str:
-    """Both, one figure a row."""
-    rows: list[list[Any]] = [
-        [name, figure.replace("_", " "), value]
-        for name, cell in cells.items()
-        for figure, value in cell.items()
-    ]
-    return table(["", "", ""], rows)

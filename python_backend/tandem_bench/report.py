@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tandem_bench import invariance, lookahead, mechanism_tables, plots, prompts, tables, windows
+from tandem_bench import invariance, lookahead, mechanism_tables, plots, tables
 from tandem_bench.results import read
 from tandem_runtime.paths import ROOT
 
@@ -21,8 +21,8 @@ _PARTS: dict[str, tuple[str, Callable[[tables.Cells], str]]] = {
     "noise": ("Guesses under shared noise against the likeliest", lookahead.noise_summary),
     "mechanisms": ("What each mechanism for a CPU brings", mechanism_tables.summary),
     "invariance": ("The same answers whatever else is in the batch", invariance.summary),
-    "prompts": ("Long prompts and shared ones", prompts.summary),
-    "windows": ("A cache that frees what is behind a window", windows.summary),
+    "prompts": ("Long prompts and shared ones", tables.each_figure),
+    "windows": ("A cache that frees what is behind a window", tables.each_figure),
     "growth": ("Growth", tables.growth),
     "arrivals": ("Poisson arrivals", tables.arrivals),
     "soak": ("Soak", lambda cells: tables.facts({"end": cells["end"]})),

@@ -210,6 +210,16 @@ def profile(cells: Cells) -> str:
     return "\n".join(parts)
 
 
+def each_figure(cells: Cells) -> str:
+    """One figure a row."""
+    rows: list[list[Any]] = [
+        [name, figure.replace("_", " "), value]
+        for name, cell in cells.items()
+        for figure, value in cell.items()
+    ]
+    return table(["", "", ""], rows)
+
+
 def growth(cells: Cells) -> str:
     """Step time and memory by context and concurrency."""
     rows = [

@@ -24,7 +24,6 @@ from tandem.models.probing import probe
 from tandem_bench.figures import median
 from tandem_bench.noise import undisturbed
 from tandem_bench.settings import Settings, bar, turned
-from tandem_bench.tables import Cells, table
 from tandem_bench.workload import repeat_to_fill
 
 PART = "windows"
@@ -135,7 +134,7 @@ def stored(settings: Settings) -> dict[str, float]:
         while not any(sequence.is_finished for sequence in sequences):
             most = max(most, bytes_used(engine))
             engine.step()
-        _cancel(engine, [s for s in sequences if not s.is_finished])
+        cancel(engine, [s for s in sequences if not s.is_finished])
         found[f"mib_used_{name}"] = round(most / 2**20, 1)
         found[f"mib_allocated_{name}"] = round(engine.verifier.cache.num_bytes / 2**20, 1)
         del engine
@@ -243,7 +242,7 @@ def short(settings: Settings) -> dict[str, float]:
                     engine.step()
                     steps.append(time.perf_counter() - started)
                 times[name].append(1e3 * median(steps))
-                _cancel(engine, sequences)
+                cancel(engine, sequences)
         for name, each in times.items():
             found[f"{count}: step_ms_{name}"] = round(sum(each) / len(each), 2)
     return found
@@ -287,17 +286,8 @@ def _text(settings: Settings, length: int) -> list[int]:
     return (tokens * -(-length // len(tokens)))[:length]
 
 
-def _cancel(engine: Engine, sequences: Items[Sequence]) -> None:
+def cancel(engine: Engine, sequences: Items[Sequence]) -> None:
+    """Ends them."""
     for sequence in sequences:
         engine.cancel(sequence)
     engine.step()
-
-
-def summary(cells: Cells) -> str:
-    """One figure a row."""
-    rows: list[list[Any]] = [
-        [name, figure.replace("_", " "), value]
-        for name, cell in cells.items()
-        for figure, value in cell.items()
-    ]
-    return table(["", "", ""], rows)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from block_tables import blocks_of
-from doubles import HalfDrafter, WrongDrafter, plain, prompt_of, run
+from doubles import HalfDrafter, WrongDrafter, plain, prompt_of, run, send
 from tandem import Engine, InvalidRequestError, SamplingParams, Sequence
 from tandem.requests.sequence import Draft
 from tiny_engines import Engines, config_of
@@ -50,13 +50,6 @@ def make_cached(engines: Engines) -> Iterator[Callable[..., Engine]]:
         assert not engine.has_work
         engine.check_integrity()
         assert engine.load.num_blocks_used == 0
-
-
-def send(engine: Engine, *requests: tuple[list[int], SamplingParams], **options: Any) -> Any:
-    """Runs requests together; the sequences."""
-    sequences = [engine.make_sequence(*request, **options) for request in requests]
-    run(engine, sequences)
-    return sequences
 
 
 def send_each(engine: Engine, **options: Any) -> list[Sequence]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from block_tables import blocks_of
-from doubles import plain, prompt_of, run
+from doubles import plain, prompt_of, send
 from tandem import Engine, SamplingParams, Sequence
 from tandem.cache.kv_cache import KVCache
 from tandem.cache.layer_groups import LayerGroup, group_of, plan_groups, windows_of
@@ -86,13 +86,6 @@ def make(engines: Engines) -> Iterator[Callable[..., Engine]]:
         assert not engine.has_work
         engine.check_integrity()
         assert engine.load.num_blocks_used == 0
-
-
-def send(engine: Engine, *requests: tuple[list[int], SamplingParams], **options: Any) -> Any:
-    """Runs requests together; the sequences."""
-    sequences = [engine.make_sequence(*request, **options) for request in requests]
-    run(engine, sequences)
-    return sequences
 
 
 @pytest.mark.parametrize("verifier", WITH_WINDOWS)

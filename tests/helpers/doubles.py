@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from typing import Any
 
 from tandem import Engine, SamplingParams, Sequence
 from tandem.drafters.drafter import Drafter, DraftRequest, GoesOn, always
@@ -54,6 +55,15 @@ def run(engine: Engine, sequences: Items[Sequence], max_steps: int = 2000) -> No
     for sequence in sequences:
         engine.add(sequence)
     finish(engine, max_steps)
+
+
+def send(
+    engine: Engine, *requests: tuple[list[int], SamplingParams], **options: Any
+) -> list[Sequence]:
+    """Runs requests together; the sequences."""
+    sequences = [engine.make_sequence(*request, **options) for request in requests]
+    run(engine, sequences)
+    return sequences
 
 
 def finish(engine: Engine, max_steps: int = 2000) -> None:

@@ -51,7 +51,6 @@ class BlockGroup:
         """The block that holds this prefix, with one user more."""
         block = self._blocks[key]
         self._use(block)
-        self.num_reused += 1
         return block
 
     def offer(self, key: bytes, block: int) -> None:

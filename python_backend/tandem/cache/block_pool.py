@@ -57,6 +57,11 @@ class BlockPool:
         sequence.num_shared_blocks = length
         return length * self.block_size
 
+    def count_reuse(self, sequence: Sequence) -> None:
+        """Counts what `reuse` found, once the sequence can begin with it."""
+        for blocks, table in zip(self.blocks, sequence.block_tables, strict=True):
+            blocks.num_reused += sequence.num_shared_blocks - table.start
+
     def _longest_prefix(self, sequence: Sequence) -> int:
         """Blocks of the longest prefix that is there."""
         if not self.enable_prefix_caching:
