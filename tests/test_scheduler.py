@@ -377,6 +377,45 @@ def test_no_further_prompt_joins_where_there_are_enough_tokens(
     assert scheduler.waiting == deque()
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (PromptLimits(most=3, later=9), 0),
+        (PromptLimits(most=4, later=9), 4),
+        (PromptLimits(most=3, later=3), 3),
+        (PromptLimits(), 7),
+    ],
+)
+def test_a_chunk_of_a_very_long_prompt_is_not_short(limits: PromptLimits, expected: int) -> None:
+    """It would read all that is computed for a few tokens; unless a later step had no more room."""
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 3000)], BLOCK_SIZE), 2, 8, 8192)
+    decoding, long = sequence(1, 30), sequence(4096, number=1)
+    scheduler.add(decoding)
+    commit(scheduler, *scheduler.schedule(), 0, 0)
+    scheduler.add(long)
+    while long.num_computed < 4 * 512:
+        for scheduled in scheduler.schedule():
+            commit(scheduler, scheduled, 0, 0)
+        decoding.token_ids = decoding.token_ids[:2]
+        decoding.num_computed = 1
+    batch = scheduler.schedule(limits)
+    assert batch[0].sequence is decoding
+    assert sum(one.num_tokens for one in batch[1:]) == expected
+    for scheduled in batch:
+        commit(scheduler, scheduled, 0, 0)
+    scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("limits", [PromptLimits(most=3, later=9), PromptLimits(most=3, later=3)])
+def test_the_end_of_a_very_long_prompt_may_be_short(limits: PromptLimits) -> None:
+    scheduler = Scheduler(BlockPool([LayerGroup(None, 3000)], BLOCK_SIZE), 2, 4096, 8192)
+    one = sequence(4099)
+    scheduler.add(one)
+    commit(scheduler, *scheduler.schedule(), 0, 0)
+    [last] = scheduler.schedule(limits)
+    assert last.num_tokens == 3
+
+
 def test_decoding_sequences_each_keep_a_token_of_the_budget() -> None:
     """Drafts of the first never push the last one out of the step."""
     scheduler = Scheduler(BlockPool([LayerGroup(None, 40)], BLOCK_SIZE), 4, 6, 64)

@@ -11,6 +11,10 @@ from tandem.lookahead.prompt_budget import NO_LIMITS, PromptLimits
 from tandem.metrics import EngineLoad, GroupLoad
 from tandem.requests.sequence import ScheduledSequence, Sequence
 
+# A chunk reads all that is computed of its prompt, and is no smaller part of it if a later step has
+# room for more.
+_LEAST_PART = 512
+
 
 class Scheduler:
     """Admits waiting sequences, cuts prompts into chunks and preempts when blocks run out.
@@ -79,6 +83,7 @@ class Scheduler:
         batch = self._schedule_decoding()
         self._add_drafts(batch)
         budget = self.max_num_batched_tokens - sum(s.num_tokens + s.num_draft_tokens for s in batch)
+        later = min(budget, prompt_limits.later)
         if prompt_limits.most is not None:
             budget = min(budget, prompt_limits.most)
         enough = budget if prompt_limits.enough is None else min(budget, prompt_limits.enough)
@@ -90,6 +95,9 @@ class Scheduler:
             if sequence is None:
                 break
             num_tokens = min(sequence.num_uncomputed, left)
+            least = min(sequence.num_uncomputed, sequence.num_computed // _LEAST_PART, later)
+            if num_tokens < least:
+                break
             if self._has_room(sequence, num_tokens, batch):
                 batch.append(ScheduledSequence(sequence, num_tokens, 0))
                 num_chosen += num_tokens

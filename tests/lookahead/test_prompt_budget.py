@@ -40,6 +40,35 @@ def test_a_prompt_slows_decoding_as_far_as_is_allowed(slowdown: float, num_decod
     assert sum(seconds) / len(seconds) <= slowdown * alone
 
 
+@pytest.mark.parametrize("factor", [1, 1000, 100_000])
+def test_a_prompt_ends_whatever_its_tokens_cost(factor: int) -> None:
+    """Where no step may have one for the slowdown's sake, one comes once enough was saved."""
+    expensive = replace(costs("model"), prompt_token=factor * costs("model").prompt_token)
+    model = CostModel(expensive)
+    budget = PromptBudget(model, 2.0)
+    chunks = []
+    for _ in range(200):
+        limits = budget.limits(8, 1)
+        assert limits.most is not None
+        assert limits.most <= limits.later
+        chunks.append(limits.most)
+        budget.observe(8, model.verify(8, 8, limits.most) - model.verify(8, 8))
+    assert sum(chunks) >= 10
+    if factor == 100_000:
+        assert max(chunks) == 1
+
+
+def test_a_step_later_may_have_more_by_what_was_saved() -> None:
+    model = CostModel(costs("model"))
+    budget = PromptBudget(model, 2.0)
+    most = budget.limits(8, 1).most
+    assert most == budget.limits(8, 1).later
+    budget.observe(8, model.verify(8, 8, most) - model.verify(8, 8))
+    after = budget.limits(8, 1)
+    assert after.most is not None
+    assert after.most < after.later == most
+
+
 def test_a_short_prompt_is_not_cut() -> None:
     """A few steps' worth of time was left unused; a while later it is there again."""
     model = CostModel(costs("model"))

@@ -21,10 +21,12 @@ class PromptLimits(NamedTuple):
     Attributes:
         most: a prompt is cut where there would be more.
         enough: with so many, no further prompt joins the step.
+        later: so many may come in a later step, if prompts wait for it.
     """
 
     most: int | None = None
     enough: int | None = None
+    later: int = 0
 
 
 NO_LIMITS = PromptLimits()
@@ -60,8 +62,11 @@ class PromptBudget:
             return PromptLimits(enough=enough)
         # Few don't hold up many.
         self._weight = max(1.0, num_prompts / num_decoding)
-        spare = (1 + self._saved_steps) * self._allowance(num_decoding)
-        return PromptLimits(max(1, int(spare / token)), enough)
+        allowed = self._allowance(num_decoding) / token
+        later = max(1, int((1 + _MAX_SAVED_STEPS) * allowed))
+        if self._saved_steps == _MAX_SAVED_STEPS:
+            return PromptLimits(later, enough, later)
+        return PromptLimits(int((1 + self._saved_steps) * allowed), enough, later)
 
     def _allowance(self, num_decoding: int) -> float:
         """Seconds that prompts may take of a step in which so many sequences decode."""
