@@ -9,7 +9,8 @@ Parts, each of which can be run alone:
   lookahead the adaptive lookahead against every fixed one, on four kinds of text
   noise     acceptance of guesses under shared noise against the likeliest ones
   mechanisms  what each mechanism for a CPU brings: the engine without it, in turns with all of it
-  invariance  whether answers are the same alone, in a batch and with drafts, and its cost
+  invariance  whether answers are the same alone, in a batch and with drafts
+  exactness  what batch_invariant costs, in turns with an engine without it
   prompts   what a long prompt costs those that decode, and what a shared prefix saves
   windows   what freeing K/V behind a window saves, against keeping all of it
   growth    step time and memory as context and concurrency grow
@@ -34,6 +35,7 @@ from tandem_bench import (
     arrivals,
     ceilings,
     compare,
+    exactness,
     growth,
     invariance,
     lookahead,
@@ -69,6 +71,7 @@ PARTS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "noise": lambda settings, _: lookahead.run_noise(settings),
     "mechanisms": lambda settings, _: mechanisms.run(settings),
     "invariance": lambda settings, _: invariance.run(settings),
+    "exactness": lambda settings, _: exactness.run(settings),
     "prompts": lambda settings, _: prompts.run(settings),
     "windows": lambda settings, _: windows.run(settings),
     "growth": lambda settings, given: growth.run(settings, tuple(given.contexts)),

@@ -72,7 +72,7 @@ def long_prompt(
     while not all(sequence.is_decoding for sequence in decoding):
         engine.step()
     calm = [_seconds(engine) for _ in range(_CALM_STEPS)]
-    prompt = _prompt(tokens, length, number)
+    prompt = prompt_of(tokens, length, number)
     newcomer = engine.make_sequence(prompt, replace(params, max_tokens=1), drafter="none")
     engine.add(newcomer)
     busy: list[float] = []
@@ -97,22 +97,23 @@ def shared_prefix(
 ) -> dict[str, float]:
     """Milliseconds to the first token, of one request and of the next that begins alike."""
     # Not the beginning of any long prompt, which may still be in the cache.
-    prefix = _prompt(tokens, _SHARED, 500 + number)
+    prefix = prompt_of(tokens, _SHARED, 500 + number)
     first, second = (
-        _time_to_first_token(engine, prefix + _prompt(tokens, _OWN, 1000 + 2 * number + turn))
+        seconds_to_first_token(engine, prefix + prompt_of(tokens, _OWN, 1000 + 2 * number + turn))
         for turn in range(2)
     )
     return {"ms_without": 1e3 * first, "ms_with": 1e3 * second, "times_as_fast": first / second}
 
 
-def _prompt(tokens: list[int], length: int, number: int) -> list[int]:
+def prompt_of(tokens: list[int], length: int, number: int) -> list[int]:
     """Text that no other number begins with."""
     start = 97 * number % len(tokens)
     turned = tokens[start:] + tokens[:start]
     return (turned * -(-length // len(turned)))[:length]
 
 
-def _time_to_first_token(engine: Engine, prompt: list[int]) -> float:
+def seconds_to_first_token(engine: Engine, prompt: list[int]) -> float:
+    """Of a request that comes alone."""
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     sequence = engine.make_sequence(prompt, params, drafter="none")
     start = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tandem_bench import invariance, lookahead, mechanism_tables, plots, tables
+from tandem_bench import exactness, invariance, lookahead, mechanism_tables, plots, tables
 from tandem_bench.results import read
 from tandem_runtime.paths import ROOT
 
@@ -21,6 +21,7 @@ _PARTS: dict[str, tuple[str, Callable[[tables.Cells], str]]] = {
     "noise": ("Guesses under shared noise against the likeliest", lookahead.noise_summary),
     "mechanisms": ("What each mechanism for a CPU brings", mechanism_tables.summary),
     "invariance": ("The same answers whatever else is in the batch", invariance.summary),
+    "exactness": ("What it costs to be exact", exactness.summary),
     "prompts": ("Long prompts and shared ones", tables.each_figure),
     "windows": ("A cache that frees what is behind a window", tables.each_figure),
     "growth": ("Growth", tables.growth),

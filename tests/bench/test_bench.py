@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tandem import Engine
-from tandem_bench import figures, report, tables, windows
+from tandem_bench import exactness, figures, report, tables, windows
 from tandem_bench.arrivals import poisson
 from tandem_bench.figures import Trace
 from tandem_bench.invariance import DTYPES, TEMPERATURES, Job, compare, ways
@@ -197,6 +197,22 @@ def test_hits_and_preemptions_do_happen(tiny: TinyModels, tmp_path: Path) -> Non
         assert compare(engine, settings, way, jobs, 0.0)["tokens_hit"] > 0
     engine = Engine(settings.engine_config(max_num_seqs=16, **preempted.engine))
     assert compare(engine, settings, preempted, jobs, 0.0)["preemptions"] > 0
+
+
+@pytest.mark.slow
+def test_both_kinds_are_measured_in_turns(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tiny, tmp_path)
+    for name, value in {"_PROMPTS": (50,), "_CONCURRENCIES": (1, 2), "_TURNS": 2}.items():
+        monkeypatch.setattr(exactness, name, value)
+    settings = Settings(tmp_path / "model.json", tmp_path, drafters=("none", "ngram"))
+    exactness.run(settings)
+    cells = read(tmp_path / "exactness.json")["cells"]
+    assert len(cells) == 1 + 2 * 2
+    for cell in cells.values():
+        assert cell["on / off"] == pytest.approx(cell["on"] / cell["off"], abs=0.02)
+    assert "ngram, 2 at a time" in exactness.summary(cells)
 
 
 @pytest.mark.slow
