@@ -2,67 +2,23 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from packed_rows import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    SCALING,
+    plain_attention,
+    random_spans,
+    slots_of,
+)
 from tandem.models.attention import PackedBatch, Span, paged_attention
 from tandem.requests.sequence import BlockTable
 from tiny_engines import DEVICE
-
-BLOCK_SIZE, NUM_BLOCKS = 4, 40
-SCALING = 0.3
-
-
-def plain_attention(
-    query: Tensor, keys: Tensor, values: Tensor, window: int | None, causal: bool
-) -> Tensor:
-    """One sequence, one softmax over visible positions for each query; all heads repeated.
-
-    Shapes: query `[num_queries, num_heads, head_dim]`,
-    keys, values `[kv_len, num_kv_heads, head_dim]`.
-    """
-    num_queries, num_heads, _ = query.shape
-    kv_len, num_kv_heads, _ = keys.shape
-    groups = num_heads // num_kv_heads
-    output = torch.empty_like(query)
-    for index in range(num_queries):
-        # A drafter's query stands behind the last key, and its window includes both ends.
-        position = kv_len - num_queries + index if causal else kv_len - 1
-        last = position + 1
-        first = 0
-        if window is not None:
-            first = max(0, position - window + 1) if causal else max(0, position - window)
-        for head in range(num_heads):
-            visible = keys[first:last, head // groups]
-            weights = (visible @ query[index, head] * SCALING).softmax(dim=0)
-            output[index, head] = weights @ values[first:last, head // groups]
-    return output
-
-
-def random_spans(data: st.DataObject, causal: bool, fragmented: bool) -> list[Span]:
-    shapes = data.draw(
-        st.lists(
-            st.tuples(st.integers(1, 6) if causal else st.just(1), st.integers(0, 20)),
-            min_size=1,
-            max_size=4,
-        ),
-        label="(num_queries, earlier tokens)",
-    )
-    free = list(range(NUM_BLOCKS))
-    if fragmented:
-        random.Random(data.draw(st.integers(0, 99), label="order of blocks")).shuffle(free)
-    spans = []
-    for num_queries, earlier in shapes:
-        kv_len = num_queries + earlier
-        needed = -(-kv_len // BLOCK_SIZE)
-        table, free = free[:needed], free[needed:]
-        spans.append(Span(num_queries, kv_len, [BlockTable(table)]))
-    return spans
 
 
 def without_kernel(packed: PackedBatch) -> PackedBatch:
@@ -105,10 +61,7 @@ def test_paged_attention_equals_plain_attention(
     pools = torch.full((2, *pool_shape), float("nan"), device=DEVICE, dtype=dtype)
     for span in spans:
         keys, values = (random_tensor(span.kv_len, num_kv_heads, head_dim) for _ in range(2))
-        slots = [
-            span.block_tables[0].blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-            for position in range(span.kv_len)
-        ]
+        slots = slots_of(span)
         pools[0, slots], pools[1, slots] = keys, values
         own.append((keys, values))
     num_tokens = sum(span.num_queries for span in spans)
@@ -183,11 +136,7 @@ def test_a_query_alone_has_the_same_bits(
     own = []
     for span in spans:
         known = torch.randn((2, span.kv_len, 2, 32), generator=generator).to(dtype)
-        slots = [
-            span.block_tables[0].blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-            for position in range(span.kv_len)
-        ]
-        pool[:, slots] = known
+        pool[:, slots_of(span)] = known
         own.append(known)
     together = attend(query, pool, spans).split([span.num_queries for span in spans])
     for span, rows, part, known in zip(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from transformers import PreTrainedModel
 
 from tandem.cache.kv_cache import KVCache
 from tandem.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from tandem.cuda.attention import PagedAttention
 
 T = TypeVar("T")
 
@@ -85,8 +89,13 @@ class CUDAWing:
 
     # --- operations
 
-    def attention_kernel(self, dtype: torch.dtype) -> None:
-        """There is none."""
+    def attention_kernel(self, dtype: torch.dtype) -> PagedAttention | None:
+        """Attention over the block pool in place; None where the Triton language isn't there."""
+        if find_spec("triton") is None:
+            return None
+        from tandem.cuda.attention import paged_attention
+
+        return paged_attention(dtype)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float

@@ -146,9 +146,12 @@ class PackedBatch:
                     spans.append((row, span.num_queries, span.kv_len, len(tables) - table.start))
                     tables += table.blocks[table.start : -(-span.kv_len // self._block_size)]
                     row += span.num_queries
-                groups.append(torch.tensor(spans, dtype=torch.int32))
-            self._described = groups, torch.tensor(tables, dtype=torch.int32)
+                groups.append(self._integers(spans))
+            self._described = groups, self._integers(tables)
         return self._described
+
+    def _integers(self, values: Items[object]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self._device)
 
     def reads(self, window: int | None, num_groups: int) -> list[_Read]:
         """What the spans read without a kernel; worked out once for all such layers."""

@@ -1,0 +1,102 @@
+"""Compiles the kernels for GPUs that need not be there; a JSON line for each.
+
+`compile_kernels.py 80 90 100` prints registers, bytes of stack and of shared memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tandem.cuda import attention
+from tandem.cuda.attention import Tiles
+from tandem.cuda.kernels import attend_parts, join_parts
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# Query heads that share a KV head, and the size of a head: Llama and Qwen; Gemma 3; Gemma 4 E2B and
+# E4B, its 31B and 26B, with layers that have a window and others.
+_SHAPES = ((4, 64), (1, 80), (1, 96), (4, 128), (8, 128), (4, 256), (2, 256), (8, 256))
+_SHAPES += ((8, 512), (4, 512), (2, 512))
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WINDOWS = (0, 512)
+
+
+def main() -> None:
+    for target in map(int, sys.argv[1:]):
+        for name, found in compiled(target):
+            print(json.dumps({"name": name, **found}))
+
+
+def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """All variants that a GPU of this compute capability would run."""
+    variants = itertools.product(_SHAPES, _DTYPES.items(), _WINDOWS, (True, False))
+    for (num_groups, head_dim), (kind, dtype), window, causal in variants:
+        if kind == "fp16" and window:
+            continue  # as with the other type
+        tiles = Tiles.of(num_groups, head_dim, dtype)
+        constants = {
+            "NUM_PARTS": attention._NUM_PARTS,
+            "HEAD_DIM": head_dim,
+            "NUM_ELEMENTS": tiles.num_elements,
+            "SPLIT": attention._SPLIT,
+            "WINDOW": window,
+            "CAUSAL": causal,
+        }
+        name = f"{num_groups} groups, {head_dim}, {kind}, window {window}, causal {causal}"
+        pointers = {"query": kind, "keys": kind, "values": kind, "output": kind}
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        options["maxnreg"] = attention._MAX_REGISTERS
+        tile = {
+            "BLOCK_SIZE": 16,
+            "NUM_GROUPS": num_groups,
+            "NUM_KV_HEADS": 2,
+            "TILE_TOKENS": tiles.num_tokens,
+            "TILE_ROWS": tiles.num_rows,
+            "TILE_KEYS": tiles.num_keys,
+            "IS_FLOAT32": False,
+        }
+        yield f"attend {name}", _compile(attend_parts, target, pointers, constants | tile, options)
+        if not window and causal:
+            yield f"join {name}", _compile(join_parts, target, pointers, constants, {})
+
+
+def _compile(
+    kernel: Any, target: int, pointers: dict[str, str], constants: dict[str, Any], options: Any
+) -> dict[str, int]:
+    types = {name: f"*{kind}" for name, kind in pointers.items()}
+    types |= {"parts": "*fp32", "states": "*fp32", "spans": "*i32", "tables": "*i32"}
+    types |= {"scaling": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [(i,) for i, name in enumerate(signature) if signature[name].startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={place: [["tt.divisibility", 16]] for place in aligned},
+    )
+    found = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        command = [_CUOBJDUMP, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert usage is not None, said
+    registers, stack = map(int, usage.groups())
+    return {"registers": registers, "stack": stack, "shared": found.metadata.shared}
+
+
+if __name__ == "__main__":
+    main()
