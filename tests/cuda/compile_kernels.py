@@ -27,8 +27,7 @@ from tandem.cuda.kernels import attend_parts, join_parts
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Query heads that share a KV head, and the size of a head: Llama and Qwen; Gemma 3; Gemma 4 E2B and
 # E4B, its 31B and 26B, with layers that have a window and others.
-_SHAPES = ((4, 64), (1, 80), (1, 96), (4, 128), (8, 128), (4, 256), (2, 256), (8, 256))
-_SHAPES += ((8, 512), (4, 512), (2, 512))
+_SHAPES = ((4, 64), (1, 80), (4, 128), (8, 128), (4, 256), (2, 256), (8, 256), (8, 512), (2, 512))
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WINDOWS = (0, 512)
 
@@ -43,7 +42,7 @@ def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
     """All variants that a GPU of this compute capability would run."""
     variants = itertools.product(_SHAPES, _DTYPES.items(), _WINDOWS, (True, False))
     for (num_groups, head_dim), (kind, dtype), window, causal in variants:
-        if kind == "fp16" and window:
+        if kind == "fp16" and (window or not causal):
             continue  # as with the other type
         tiles = Tiles.of(num_groups, head_dim, dtype)
         constants = {
