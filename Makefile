@@ -9,7 +9,7 @@ BENCH_ARGS ?= all
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo serve test test-fast lint fmt docs bench bench-peers clean distclean
+.PHONY: help setup tools demo serve test test-fast lint fmt docs bench bench-peers gpu-check clean distclean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,10 @@ bench: setup ## measure everything, for hours (BENCH_ARGS="engine -c 1 8")
 
 bench-peers: setup ## install vLLM in .vllm, for the benchmark to compare with
 	@$(BIN)/python scripts/bench_peers.py
+
+# No setup: where the GPU is there may be no network.
+gpu-check: ## check a GPU in a few minutes; a dry run without one (PYTHON=.venv/bin/python)
+	@$(PYTHON) scripts/gpu_check.py
 
 clean: ## remove what builds and tools leave behind
 	@rm -rf build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

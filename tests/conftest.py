@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # Without a GPU, kernels in the Triton language run in its interpreter; it asks when it is imported.
-os.environ["TRITON_INTERPRET"] = str(int(not Path("/dev/nvidiactl").exists()))
+os.environ.setdefault("TRITON_INTERPRET", str(int(not Path("/dev/nvidiactl").exists())))
 
 import signal
 from collections.abc import Callable, Iterator
