@@ -1,4 +1,4 @@
-"""What a GPU shows in a few minutes: its tests, and attention against SDPA and the memory's limit.
+"""What a GPU shows in a few minutes: its tests, attention by shape, and the engine's steps.
 
 Without a GPU the same code runs on tiny shapes in the Triton language's interpreter, so that
 nothing is tried for the first time where time is short; its figures mean nothing and are not kept.
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tandem.cuda.attention import paged_attention
 from tandem.models.attention import PackedBatch, Span
 from tandem.requests.sequence import BlockTable
+from tandem_bench import gpu_engine
 from tandem_bench.results import Results
 from tandem_bench.tables import Cells, table
 from tandem_runtime.paths import ROOT
@@ -80,7 +81,7 @@ LOADS = (
     Load(1, 512, 16384),
 )
 _TINY_LAYERS = (Layer("tiny, window", 4, 1, 32, 24), Layer("tiny, full", 4, 2, 64))
-_TINY_LOADS = (Load(1, 1, 40), Load(2, 3, 80), Load(1, 20, 50))
+_TINY_LOADS = (Load(1, 1, 40), Load(2, 9, 50))
 
 
 def run(output: Path) -> int:
@@ -98,27 +99,32 @@ def run(output: Path) -> int:
     said = device()
     print(", ".join(f"{name}: {value}" for name, value in said.items()), flush=True)
     status = tests(is_dry)
-    results = Results(output / "attention.json", said)
+    parts = {"attention": attention(is_dry), "engine": gpu_engine.run(is_dry)}
+    text = f"# On a GPU\n\n{said}\n"
+    for part, cells in parts.items():
+        results = Results(output / f"{part}.json", said)
+        results.cells = {}
+        for name, cell in cells:
+            print(f"{name}: {cell}", flush=True)
+            results.cells[name] = cell
+            if not is_dry:
+                results.put(name, cell)
+        text += f"\n## {part.capitalize()}\n\n{summary(results.cells)}"
+        if not is_dry:
+            (output / "README.md").write_text(text, encoding="utf-8")
+    if is_dry:
+        print(text)
+    return status
+
+
+def attention(is_dry: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    """Times of the kernel and of others, by layer and load."""
     layers, loads = (_TINY_LAYERS, _TINY_LOADS) if is_dry else (LAYERS, LOADS)
     rate = copy_rate(is_dry)
     print(f"a copy reads and writes {rate / 1e9:.0f} GB/s", flush=True)
     for layer in layers:
         for load in loads:
-            name = f"{layer.name}: {load.name}"
-            if name in results:
-                continue
-            cell = compare(layer, load, rate)
-            print(f"{name}: {cell}", flush=True)
-            if is_dry:
-                results.cells[name] = cell
-            else:
-                results.put(name, cell)
-    text = f"# On a GPU\n\n{said}\n\n{summary(results.cells)}"
-    if is_dry:
-        print(text)
-    else:
-        (output / "README.md").write_text(text, encoding="utf-8")
-    return status
+            yield f"{layer.name}: {load.name}", compare(layer, load, rate)
 
 
 def device() -> dict[str, Any]:
@@ -133,7 +139,7 @@ def device() -> dict[str, Any]:
 
 def tests(is_dry: bool) -> int:
     """The kernel's own tests, in a process of their own; their exit status."""
-    chosen = ["-k", "large"] if is_dry else []
+    chosen = ["-k", "large and 256"] if is_dry else []
     path = os.pathsep.join([str(ROOT / "python_backend"), str(ROOT / "client")])
     environment = {**os.environ, "TRITON_INTERPRET": str(int(is_dry))}
     environment["PYTHONPATH"] = os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])

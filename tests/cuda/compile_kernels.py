@@ -29,7 +29,8 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # E4B, its 31B and 26B, with layers that have a window and others.
 _SHAPES = ((4, 64), (1, 80), (4, 128), (8, 128), (4, 256), (2, 256), (8, 256), (8, 512), (2, 512))
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_WINDOWS = (0, 512)
+# Of which type, with which window (0 for none), and whether causal.
+_VARIANTS = (("bf16", 0, True), ("bf16", 512, True), ("bf16", 512, False), ("fp16", 0, True))
 
 
 def main() -> None:
@@ -40,10 +41,8 @@ def main() -> None:
 
 def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
     """All variants that a GPU of this compute capability would run."""
-    variants = itertools.product(_SHAPES, _DTYPES.items(), _WINDOWS, (True, False))
-    for (num_groups, head_dim), (kind, dtype), window, causal in variants:
-        if kind == "fp16" and (window or not causal):
-            continue  # as with the other type
+    for (num_groups, head_dim), (kind, window, causal) in itertools.product(_SHAPES, _VARIANTS):
+        dtype = _DTYPES[kind]
         tiles = Tiles.of(num_groups, head_dim, dtype)
         constants = {
             "NUM_PARTS": attention._NUM_PARTS,

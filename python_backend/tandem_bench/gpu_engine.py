@@ -1,0 +1,209 @@
+"""The engine on models of published shapes whose weights are random: what its steps take.
+
+Drafts are accepted by coin (`synthetic_acceptance_rates`), since random models agree on nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    GenerationConfig,
+)
+
+from tandem import Engine, EngineConfig, SamplingParams
+from tandem.metrics import PHASES
+from tandem_bench.drive import closed_loop
+
+_CONCURRENCIES = (1, 4, 16, 64)
+_PROMPT, _ANSWER = 200, 64
+_COMMON: dict[str, Any] = {
+    "vocab_size": 262_144,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "hidden_size_per_layer_input": 0,
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A verifier and its assistant, by their sizes.
+
+    Attributes:
+        rates: the share of rounds in which the draft at each place is accepted.
+        said: where that is from.
+    """
+
+    name: str
+    verifier: dict[str, Any]
+    assistant: dict[str, Any]
+    rates: tuple[float, ...]
+    said: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def _layers(count: int, period: int) -> list[str]:
+    kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
+    return [kinds[number % period] for number in range(count)]
+
+
+PAIRS = (
+    Pair(
+        "Gemma 4 E2B",
+        {
+            **_COMMON,
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "sliding_window": 512,
+            "num_hidden_layers": 35,
+            "layer_types": _layers(35, 5),
+            "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 256,
+            "final_logit_softcapping": 30.0,
+        },
+        {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4},
+        (0.7, 0.5),
+        "assumed",
+        {"use_ordered_embeddings": True, "num_centroids": 2048, "centroid_intermediate_top_k": 32},
+    ),
+    # All 60 would not fit on the disk that they go by.
+    Pair(
+        "12 of the 60 layers of Gemma 4 31B",
+        {
+            **_COMMON,
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "num_global_key_value_heads": 4,
+            "attention_k_eq_v": True,
+            "sliding_window": 1024,
+            "num_hidden_layers": 12,
+            "layer_types": _layers(12, 6),
+            "final_logit_softcapping": 30.0,
+        },
+        {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 32},
+        (0.87, 0.76, 0.66, 0.57, 0.5, 0.43, 0.38),
+        "powers of 0.87, which give the published mean length of 5.37 at 7 drafts",
+    ),
+)
+_TINY: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 24,
+    "num_attention_heads": 4,
+}
+
+
+def run(is_dry: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    """Tokens a second and milliseconds of each phase, for each pair, drafter and concurrency."""
+    for pair in PAIRS[:1] if is_dry else PAIRS:
+        with tempfile.TemporaryDirectory() as folder:
+            engine = load(pair, Path(folder), is_dry)
+        for concurrency in (1, 2) if is_dry else _CONCURRENCIES:
+            for drafter in ("none", "mtp"):
+                cell = measure(engine, drafter, concurrency, is_dry)
+                yield f"{'tiny ' * is_dry}{pair.name}, {drafter}, {concurrency} at a time", cell
+        del engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def load(pair: Pair, folder: Path, is_dry: bool) -> Engine:
+    """An engine on checkpoints that are written to `folder`."""
+    tiny = _TINY if is_dry else {}
+    if is_dry:
+        tiny = {**tiny, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384}
+    config = Gemma4TextConfig(**{**pair.verifier, **tiny})
+    _save(Gemma4ForCausalLM, config, folder / "verifier")
+    first = config.per_layer_config[0]
+    sizes = {
+        **pair.verifier,
+        **pair.assistant,
+        **tiny,
+        "num_hidden_layers": 4,
+        "layer_types": _layers(4, 4),
+        "num_kv_shared_layers": 4,
+        "num_key_value_heads": first.num_key_value_heads,
+        "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "final_logit_softcapping": None,
+    }
+    changes = dict(pair.changes)
+    if is_dry:
+        changes |= {"num_centroids": 24, "centroid_intermediate_top_k": 6}
+    assistant = Gemma4AssistantConfig(
+        text_config=Gemma4TextConfig(**sizes), backbone_hidden_size=config.hidden_size, **changes
+    )
+    _save(Gemma4AssistantForCausalLM, assistant, folder / "assistant")
+    most = 2 if is_dry else max(_CONCURRENCIES)
+    length = 64 if is_dry else 512
+    return Engine(
+        EngineConfig(
+            verifier=str(folder / "verifier"),
+            drafters={
+                "mtp": {
+                    "model": str(folder / "assistant"),
+                    "num_speculative_tokens": len(pair.rates),
+                }
+            },
+            max_num_seqs=most,
+            max_model_len=length,
+            kv_cache_tokens=most * length,
+            max_num_batched_tokens=64 if is_dry else 2048,
+            lookahead="fixed",
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            synthetic_acceptance_rates=pair.rates,
+        )
+    )
+
+
+def _save(kind: Any, config: Any, folder: Path) -> None:
+    """A model whose weights were made on the device that it will run on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    with torch.device(device):
+        model = kind(config).to(config.dtype)
+    if getattr(model, "masked_embedding", None) is not None:
+        order = torch.randperm(config.text_config.vocab_size, device=device)
+        model.masked_embedding.token_ordering.copy_(order)
+    model.generation_config = GenerationConfig(eos_token_id=1, bos_token_id=2)
+    model.save_pretrained(folder)
+
+
+def measure(engine: Engine, drafter: str, concurrency: int, is_dry: bool) -> dict[str, float]:
+    """One answer for each of the sequences that run at once."""
+    length, num_tokens = (10, 8) if is_dry else (_PROMPT, _ANSWER)
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    prompts = [[3 + (7 * number + n) % 300 for n in range(length)] for number in range(concurrency)]
+    warm = dataclasses.replace(params, max_tokens=4)
+    closed_loop(engine, prompts, warm, drafter, concurrency)
+    done = closed_loop(engine, prompts, params, drafter, concurrency)
+    written = sum(len(trace.token_ids) for trace in done.traces)
+    phases = {f"ms_{name}": 1e3 * done.phases[name] / done.num_steps for name in PHASES}
+    found = {
+        "tokens_per_second": written / done.seconds,
+        "tokens_a_step_each": written / done.num_steps / concurrency,
+        **phases,
+    }
+    return {name: round(value, 2) for name, value in found.items()}
