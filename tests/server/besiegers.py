@@ -216,6 +216,6 @@ if __name__ == "__main__":
     # where the kernel divides it among terminals first (`man 7 sched`, autogroup).
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     os.setsid()
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text("19", encoding="ascii")
     print(json.dumps(besiege(Target(http_url, grpc_url), float(seconds))))

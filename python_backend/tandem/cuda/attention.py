@@ -99,6 +99,9 @@ class PagedAttention:
         _, num_heads, num_tokens, head_dim = query.shape
         num_kv_heads, num_spans = keys.shape[1], spans.shape[0]
         num_groups = num_heads // num_kv_heads
+        assert query.stride(3) == 1
+        assert keys.is_contiguous()
+        assert values.is_contiguous()
         tiles = Tiles.of(num_groups, head_dim, query.dtype)
         output = query.new_empty(1, num_tokens, num_heads, head_dim)
         # Of each part: weighted values, and the highest score and the sum of weights.
