@@ -12,13 +12,10 @@ from torch import Tensor
 
 import triton_interpreter
 from packed_rows import BLOCK_SIZE, SCALING, plain_attention, random_spans, slots_of
-from tandem import SamplingParams
 from tandem.cuda import attention
 from tandem.cuda.attention import PagedAttention
 from tandem.models.attention import PackedBatch, Span
 from tandem.requests.sequence import BlockTable
-from tandem.wing import wing_of
-from tiny_engines import Engines
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_BLOCKS = 200
@@ -148,28 +145,3 @@ def test_a_query_alone_has_the_same_bits(
         )
         assert torch.equal(alone[0], together[row + last])
         row += span.num_queries
-
-
-@pytest.mark.slow
-def test_an_engine_writes_the_same(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the other kernel: prompts, drafts, windows and what an assistant reads."""
-    engine = engines("gemma-4-31B", mtp=True, causal_lm="gemma-3")
-    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
-
-    def answers() -> list[list[int]]:
-        prompts = [[3 + n] * (5 + 7 * n) for n in range(3)]
-        found = engine.generate(prompts, params, drafter="mtp", num_speculative_tokens=2)
-        return [list(each.token_ids) for each in found]
-
-    expected = answers()
-    num_rows: list[int] = []
-
-    class Counted(PagedAttention):
-        def __call__(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            num_rows.append(query.shape[2])
-            return super().__call__(query, *args, **kwargs)
-
-    monkeypatch.setattr(type(wing_of(DEVICE)), "attention_kernel", lambda *_: Counted())
-    assert answers() == expected
-    assert max(num_rows) >= 5 + 12 + 19
-    assert len(num_rows) > 20

@@ -181,3 +181,26 @@ def join_parts(
         result = result * share + more * share_of_part
         highest = higher
     tl.store(output + place, result / total, mask=has_element)
+
+
+@triton.jit
+def rms_norm(
+    rows,  # [num_rows, DIM]
+    output,
+    gain,  # [DIM], float32
+    eps,
+    DIM: tl.constexpr,
+    NUM_ELEMENTS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """One row; with `ROUNDS` the quotient is rounded before it is multiplied."""
+    elements = tl.arange(0, NUM_ELEMENTS)
+    has_element = elements < DIM
+    place = tl.program_id(0).to(tl.int64) * DIM + elements
+    row = tl.load(rows + place, mask=has_element, other=0.0)
+    values = row.to(tl.float32)
+    quotient = values * tl.rsqrt(tl.sum(values * values, 0) / DIM + eps)
+    if ROUNDS:
+        quotient = quotient.to(row.dtype).to(tl.float32)
+    result = quotient * tl.load(gain + elements, mask=has_element, other=0.0)
+    tl.store(output + place, result.to(row.dtype), mask=has_element)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# The Triton language comes with torch for CUDA.
+_HAS_KERNELS = find_spec("triton") is not None
+
 
 class CUDAWing:
     """A GPU's side of what `tandem.wing` promises.
@@ -46,7 +49,7 @@ class CUDAWing:
         """Waits for what runs on the device."""
         torch.cuda.synchronize(self._device)
 
-    # --- models, which run as they are loaded
+    # --- models
 
     def set_up(self) -> None:
         """Prepares the process, before it loads a model."""
@@ -56,10 +59,12 @@ class CUDAWing:
         return nullcontext([])
 
     def prepare(self, model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
-        """Lays a loaded model out for the device."""
+        """Lays a loaded model out for the device; it computes what it did."""
+        _fuse_norms(model)
 
     def prepare_drafter(self, drafter: PreTrainedModel, keep: nn.Module | None = None) -> None:
         """Lays a drafter out for the device."""
+        _fuse_norms(drafter)
 
     def likeliest_token(self, head: nn.Module) -> None:
         """There is no way to the likeliest token but by all logits."""
@@ -91,7 +96,7 @@ class CUDAWing:
 
     def attention_kernel(self, dtype: torch.dtype) -> PagedAttention | None:
         """Attention over the block pool in place; None where the Triton language isn't there."""
-        if find_spec("triton") is None:
+        if not _HAS_KERNELS:
             return None
         from tandem.cuda.attention import paged_attention
 
@@ -133,3 +138,10 @@ class CUDAWing:
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.empty_cache()
         return max(0, int(total * utilization) - outside - peak)
+
+
+def _fuse_norms(model: nn.Module) -> None:
+    if _HAS_KERNELS:
+        from tandem.cuda.norms import fuse_norms
+
+        fuse_norms(model)

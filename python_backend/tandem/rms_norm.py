@@ -1,0 +1,65 @@
+"""Which way a model's RMSNorm uses its weight: found out, for a norm says so nowhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_PROBES = 4
+# By rounding alone two ways of summing may differ so much, relative to the result.
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+class Form(NamedTuple):
+    """How a norm computes.
+
+    Attributes:
+        eps: what is added to the mean square.
+        offset: what is added to the weight; 1 in Gemma 3.
+        rounds: whether the quotient is rounded before it is multiplied.
+    """
+
+    eps: float
+    offset: float
+    rounds: bool
+
+
+Fuse = Callable[[nn.Module, Form], nn.Module | None]
+
+
+def replace_norms(model: nn.Module, fused: Fuse) -> None:
+    """Replaces each RMSNorm in `model` that `fused` computes as well.
+
+    Args:
+        fused: makes a module that computes what a norm of a form does, or None if it can't.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, _fused(child, fused) or child)
+
+
+@torch.no_grad()
+def _fused(norm: nn.Module, fused: Fuse) -> nn.Module | None:
+    """One that gives the same for a few rows."""
+    weight = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    if weight.dtype not in _TOLERANCE:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn((_PROBES, len(weight)), generator=generator).to(weight)
+    expected = norm(probe)
+    for offset, rounds in itertools.product((0.0, 1.0), (False, True)):
+        module = fused(norm, Form(eps, offset, rounds))
+        if module is None:
+            return None
+        difference = (module(probe) - expected).float().abs()
+        if bool((difference <= _TOLERANCE[weight.dtype] * expected.float().abs()).all()):
+            return module
+    return None

@@ -1,0 +1,135 @@
+"""Engines on the CUDA wing, in eager form and without a GPU, against those on the CPU's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import triton_interpreter
+from cuda_wing import cuda_wing
+from tandem import Engine, SamplingParams
+from tandem.cuda import attention, norms
+from tandem.cuda.norms import FusedRMSNorm, fuse_norms
+from tandem.models.attention import PackedBatch, Span
+from tandem.models.packed_pass import packed_logits
+from tandem.requests.sequence import BlockTable
+from tiny_engines import Engines, TinyModels
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there it is the wing")
+PARAMS = SamplingParams(max_tokens=6, temperature=0.8, seed=3, ignore_eos=True)
+PROMPTS = [[3 + n] * (5 + 7 * n) for n in range(3)]
+# What reads a value back, or has a shape that depends on data: neither can be in a CUDA graph.
+_FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item")
+
+
+# No work on a device.
+_FREE = ("empty", "new_empty", "empty_like", "detach", "detach_", "lift_fresh", "reshape", "to")
+
+
+class Counted(TorchDispatchMode):
+    """Counts what would be launched, and what a CUDA graph can't hold.
+
+    Kernels in the Triton language are counted and not run: the interpreter runs torch's operations.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        for module, kernel in (
+            (attention, "attend_parts"),
+            (attention, "join_parts"),
+            (norms, "rms_norm"),
+        ):
+            monkeypatch.setattr(module, kernel, _Launcher(kernel, self.counts))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indexed = args[1] if name in ("index", "index_put_") else ()
+        assert all(i is None or i.dtype != torch.bool for i in indexed), "indexed by a mask"
+        if not func.is_view and name not in _FREE:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def forbidden(self) -> list[str]:
+        return [name for name in self.counts if name in _FORBIDDEN]
+
+
+class _Launcher:
+    def __init__(self, name: str, counts: Counter[str]) -> None:
+        self._name = name
+        self._counts = counts
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *_: object, **__: object) -> None:
+        self._counts[self._name] += 1
+
+
+def answers(engine: Engine, drafter: str) -> list[list[int]]:
+    found = engine.generate(PROMPTS, PARAMS, drafter=drafter, num_speculative_tokens=2)
+    return [list(each.token_ids) for each in found]
+
+
+@pytest.mark.slow
+def test_an_engine_writes_the_same(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, drafts, windows and what an assistant reads, with norms and attention fused."""
+    triton_interpreter.mend(monkeypatch)
+    expected = answers(engines("gemma-4-31B", mtp=True, causal_lm="gemma-3"), "mtp")
+    with cuda_wing():
+        engine = engines.make("gemma-4-31B", mtp=True)
+        fused = [m for m in engine.verifier.model.modules() if isinstance(m, FusedRMSNorm)]
+        assert len(fused) > 6 * 4
+        assert answers(engine, "mtp") == expected
+        engine.check_integrity()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("verifier", "most"), [("gemma-4-E2B", 40), ("llama", 31)])
+def test_a_pass_could_be_in_a_graph(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, verifier: str, most: int
+) -> None:
+    """Nothing is read back, no shape depends on data, and a layer is so many launches at most."""
+    triton_interpreter.mend(monkeypatch)
+    with cuda_wing():
+        engine = engines.make(verifier)
+        model, cache = engine.verifier.model, engine.verifier.cache
+        tables = [BlockTable([1, 2]) for _ in cache.windows]
+        packed = PackedBatch(
+            [Span(3, 7, tables)],
+            cache.block_size,
+            model.dtype,
+            model.device,
+            windows=cache.windows,
+        )
+        packed.spans()
+        with torch.inference_mode(), Counted(monkeypatch) as counted:
+            packed_logits(model, cache, packed, [3, 4, 5], [4, 5, 6], [2])
+    assert counted.forbidden == []
+    num_layers = model.config.get_text_config().num_hidden_layers
+    assert counted.counts.total() / num_layers < most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("verifier", ["gemma-3", "gemma-4-E2B", "llama", "qwen-3"])
+def test_norms_are_computed_as_by_transformers(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, verifier: str, dtype: torch.dtype
+) -> None:
+    """Whatever a model does with its weights; sizes that are no power of 2 too."""
+    triton_interpreter.mend(monkeypatch)
+    model = torch.nn.Sequential(tiny.reference(verifier).model.norm)
+    norm = type(model[0])(24, eps=1e-6)
+    norm.weight.data.normal_()
+    model = torch.nn.Sequential(norm.to(dtype))
+    rows = torch.randn(2, 5, 24).to(dtype)
+    expected = model(rows)
+    fuse_norms(model)
+    assert isinstance(model[0], FusedRMSNorm)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(model(rows), expected, rtol=tolerance, atol=tolerance)
