@@ -28,6 +28,22 @@ class Form(NamedTuple):
     rounds: bool
 
 
+class FusedNorm(nn.Module):
+    """Stands in for a norm, and keeps what it multiplies by in float32."""
+
+    def __init__(self, norm: nn.Module, form: Form) -> None:
+        """Takes the transformers module, which stays within reach, and its form."""
+        super().__init__()
+        self.norm = norm
+        self._form = form
+        self._gain = self.weight.detach().float() + form.offset
+
+    @property
+    def weight(self) -> Tensor:
+        """`[dim]`."""
+        return self.norm.get_parameter("weight")
+
+
 Fuse = Callable[[nn.Module, Form], nn.Module | None]
 
 

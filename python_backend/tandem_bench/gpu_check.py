@@ -103,7 +103,7 @@ def run(output: Path) -> int:
     text = f"# On a GPU\n\n{said}\n"
     for part, cells in parts.items():
         results = Results(output / f"{part}.json", said)
-        results.cells = {}
+        results.cells = {}  # all is measured anew
         for name, cell in cells:
             print(f"{name}: {cell}", flush=True)
             results.cells[name] = cell

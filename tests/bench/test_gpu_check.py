@@ -21,5 +21,5 @@ def test_a_dry_run_comes_to_its_end(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     assert "1 passed" in found.stdout
     assert "| tiny, full: 2 x 9 tokens at 50 |" in found.stdout
-    assert "| tiny Gemma 4 E2B, mtp, 2 at a time |" in found.stdout
+    assert "| tiny Gemma 4 E2B, mtp (acceptance assumed), 2 at a time |" in found.stdout
     assert list(tmp_path.iterdir()) == []

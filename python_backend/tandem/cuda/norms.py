@@ -6,22 +6,11 @@ import triton
 from torch import Tensor, nn
 
 from tandem.cuda.kernels import rms_norm
-from tandem.rms_norm import Form, replace_norms
+from tandem.rms_norm import FusedNorm, replace_norms
 
 
-class FusedRMSNorm(nn.Module):
+class FusedRMSNorm(FusedNorm):
     """Computes what a transformers RMSNorm computes, each row by itself."""
-
-    def __init__(self, norm: nn.Module, form: Form) -> None:
-        super().__init__()
-        self.norm = norm
-        self._form = form
-        self._gain = self.weight.detach().float() + form.offset
-
-    @property
-    def weight(self) -> Tensor:
-        """`[dim]`."""
-        return self.norm.get_parameter("weight")
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., dim]` to the same."""

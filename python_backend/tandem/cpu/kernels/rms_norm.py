@@ -9,29 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from tandem.cpu.kernels.build import library
-from tandem.rms_norm import Form, replace_norms
+from tandem.rms_norm import Form, FusedNorm, replace_norms
 
 
-class FusedRMSNorm(nn.Module):
+class FusedRMSNorm(FusedNorm):
     """Computes what a transformers RMSNorm computes."""
 
     def __init__(self, norm: nn.Module, run: Any, form: Form) -> None:
-        """Takes the weight of a norm.
+        """Takes a norm and its form.
 
         Args:
             norm: the transformers module; it stands in graphs, whose compiler fuses on its own.
             run: the kernel.
         """
-        super().__init__()
-        self.norm = norm
+        super().__init__(norm, form)
         self._run = run
-        self._form = form
-        self._gain = self.weight.detach().float() + form.offset
-
-    @property
-    def weight(self) -> Tensor:
-        """`[dim]`."""
-        return self.norm.get_parameter("weight")
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., dim]` to the same."""
