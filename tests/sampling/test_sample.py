@@ -51,6 +51,24 @@ def test_noise_is_standard_gumbel() -> None:
     assert stats.kstest(noise.numpy(), stats.gumbel_r.cdf).pvalue > 1e-3
 
 
+def reference_gumbel(key: int, token: int) -> float:
+    def exponential(index: int) -> float:
+        return -math.log(1 - ((reference_splitmix64(key, index) >> 32) + 0.5) * 2**-32)
+
+    block = -1 - token // 256
+    smallest = exponential(block) / 256
+    is_owner = reference_splitmix64(key, block) % 256 == token % 256
+    return -math.log(smallest if is_owner else smallest + exponential(token))
+
+
+def test_noise_is_rounded_once() -> None:
+    """So that a logarithm that is right to nearly the last digit of a float64 gives its bits."""
+    keys = splitmix64(torch.arange(40), torch.tensor(5))
+    tokens = torch.arange(0, 262144, 977)
+    expected = [[reference_gumbel(key & MASK, t) for t in tokens.tolist()] for key in keys.tolist()]
+    assert torch.equal(gumbel(keys[:, None], tokens), torch.tensor(expected))
+
+
 def test_noise_of_tokens_in_a_block_is_independent() -> None:
     """Tokens draw their noise under their block's largest; together they must not show it."""
     keys = torch.arange(20_000)[:, None]

@@ -7,18 +7,19 @@ tokens, then, only where that could win, the noise of the block's tokens given t
 The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", 2014), nested: output number `position` of the stream `seed` is the seed of a second
 stream, whose output number `token` is the token's noise, and number `-1 - block` its block's.
+
+All is computed in float64 and rounded once, to float32: the logarithms of a CPU and of a GPU differ
+in the last digit of a float64, and so the noise is the same to the last bit of a float32, but for
+one token in many millions.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 # Tokens whose noise has a known largest.
 BLOCK = 256
-_MAX_UNIFORM = 1 - 2**-24
 
 
 def signed(value: int) -> int:
@@ -46,21 +47,31 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 def block_gumbel(key: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     """The largest noise of a block's tokens, and which of them has it (0 to `BLOCK - 1`)."""
-    bits = splitmix64(key, -1 - block)
-    # The largest of n standard Gumbel variables is one too, moved up by log n.
-    return math.log(BLOCK) - torch.log(_exponential(bits)), bits & (BLOCK - 1)
+    smallest, owner = _block_exponential(key, block)
+    return _gumbel(smallest), owner
 
 
 def gumbel(key: Tensor, token: Tensor) -> Tensor:
     """Standard Gumbel noise, float32, for `token` ids under the row's `key` (broadcast)."""
-    largest, owner = block_gumbel(key, token // BLOCK)
-    # A Gumbel variable g that is known to be below m: exp(-g) - exp(-m) is exponential.
-    below = -torch.log(torch.exp(-largest) + _exponential(splitmix64(key, token)))
-    return torch.where(token % BLOCK == owner, largest, torch.minimum(below, largest))
+    smallest, owner = _block_exponential(key, token // BLOCK)
+    # An exponential variable that is known to be above m is m and another one.
+    others = smallest + _exponential(splitmix64(key, token))
+    return _gumbel(torch.where(token % BLOCK == owner, smallest, others))
+
+
+def _block_exponential(key: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest exponential variable of a block's tokens, and which of them has it."""
+    bits = splitmix64(key, -1 - block)
+    # The smallest of n exponential variables is one too, n times as small.
+    return _exponential(bits) / BLOCK, bits & (BLOCK - 1)
 
 
 def _exponential(bits: Tensor) -> Tensor:
-    """Exponential variables, float32, from the upper halves of `bits`."""
-    uniform = (_shift(bits, 32).float() + 0.5) * 2**-32
-    # log1p keeps all digits near 0, where the large values of the noise come from.
-    return -torch.log1p(-uniform.clamp_(max=_MAX_UNIFORM))
+    """Exponential variables, float64, from the upper halves of `bits`."""
+    uniform = (_shift(bits, 32).double() + 0.5) * 2**-32
+    return -torch.log(1 - uniform)
+
+
+def _gumbel(exponential: Tensor) -> Tensor:
+    """Gumbel variables, float32, from exponential ones."""
+    return -torch.log(exponential).float()

@@ -7,6 +7,7 @@ seed, so any batch, any drafter and any lookahead sample the same token from the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,7 +40,7 @@ class _Rows:
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
-    min_p: Tensor
+    log_min_p: Tensor
 
     @classmethod
     def of(cls, draws: Items[Draw], device: torch.device) -> _Rows | None:
@@ -63,8 +64,12 @@ class _Rows:
             temperature=column([draw.params.temperature for draw in chosen]),
             top_k=integers([draw.params.top_k for draw in chosen]),
             top_p=column([draw.params.top_p for draw in chosen]),
-            min_p=column([draw.params.min_p for draw in chosen]),
+            log_min_p=column([_log(draw.params.min_p) for draw in chosen]),
         )
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share > 0 else -math.inf
 
 
 def sample(logits: Tensor, draws: Items[Draw], token_ids: Tensor | None = None) -> Tensor:
@@ -185,7 +190,7 @@ def _floor(groups: Tensor, group_best: Tensor, rows: _Rows) -> Tensor:
     """
     num_candidates = groups.shape[1] * groups.shape[2]
     best = group_best.amax(dim=-1, keepdim=True)
-    floor = best + rows.min_p.log()
+    floor = best + rows.log_min_p
     is_limited = (rows.top_k > 0) & (rows.top_k < num_candidates)
     has_nucleus = rows.top_p < 1
     needs_mass = _places(has_nucleus & ~is_limited)
