@@ -23,7 +23,8 @@ import transformers
 from tandem.acceptance.match import Verdict
 from tandem.cache_files import find_file, keep_file
 from tandem.config import EngineConfig
-from tandem.drafters.drafter import Drafter, DraftRequest
+from tandem.drafter_config import NO_DRAFTER
+from tandem.drafters.drafter import Drafter
 from tandem.lookahead.adaptive import AdaptiveLookahead
 from tandem.lookahead.costs import CostModel, Costs, Curve, DraftCosts
 from tandem.lookahead.lookahead import Lookahead
@@ -31,6 +32,7 @@ from tandem.machine import code_hash
 from tandem.models.verifier import Verifier, VerifierOutput
 from tandem.requests.params import SamplingParams
 from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
+from tandem.rounds.round import Round
 from tandem.scheduler import Scheduler
 from tandem.wing import Wing, wing_of
 
@@ -48,7 +50,6 @@ _MAX_SPREAD = 8
 _NUM_DRAFTS = 8
 
 T = TypeVar("T")
-Accept = Callable[[list[ScheduledSequence], VerifierOutput], list[Verdict | None]]
 
 
 def make_lookahead(config: EngineConfig, calibration: Calibration) -> Lookahead:
@@ -118,12 +119,11 @@ class Calibration:
         verifier: Verifier,
         drafters: Mapping[str, Drafter],
         scheduler: Scheduler,
-        accept: Accept,
+        round_: Round,
     ) -> None:
-        self._verifier = verifier
         self._drafters = drafters
         self._scheduler = scheduler
-        self._accept = accept
+        self._round = round_
         model = verifier.model
         self.wing = wing_of(model.device)
         self._drafts: list[int] = []
@@ -184,7 +184,7 @@ class Calibration:
             num_prompt_tokens=len(token_ids),
             params=params,
             seed=0,
-            drafter="",
+            drafter=NO_DRAFTER,
             max_lookahead=0,
         )
 
@@ -198,8 +198,7 @@ class Calibration:
         try:
             while sequence.num_tokens < min(length + _NUM_DRAFTS, self._limit):
                 assert self._scheduler.pool.grow(sequence, sequence.num_tokens)
-                output = self._prefill(sequence)
-                [verdict] = self._accept([ScheduledSequence(sequence, 1, 0)], output)
+                verdict = self._prefill(sequence)
                 # A model without numbers writes anything.
                 sequence.token_ids += verdict.token_ids[:1] if verdict else []
                 if sequence.num_uncomputed == 0:
@@ -210,8 +209,8 @@ class Calibration:
                 drafter.forget(sequence)
         return sequence.token_ids
 
-    def _prefill(self, sequence: Sequence) -> VerifierOutput:
-        """Computes all known tokens; what stands behind the last."""
+    def _prefill(self, sequence: Sequence) -> Verdict | None:
+        """Computes all known tokens; what comes behind the last."""
         num_tokens = sequence.num_tokens
         step = self._scheduler.max_num_batched_tokens
         while sequence.num_computed < num_tokens:
@@ -219,11 +218,17 @@ class Calibration:
             scheduled = ScheduledSequence(sequence, part, 0)
             for drafter in self._drafters.values():
                 drafter.prefill([scheduled])
-            output = self._verifier.forward([scheduled])
+            output, verdicts = self._run([scheduled])
             sequence.num_computed += part
-        for drafter in self._drafters.values():
-            drafter.observe(sequence, output.hidden[-1])
-        return output
+        for name in self._drafters:
+            sequence.drafter = name
+            self._round.observe([scheduled], output, verdicts)
+        sequence.drafter = NO_DRAFTER
+        return verdicts[0]
+
+    def _run(self, batch: list[ScheduledSequence]) -> tuple[VerifierOutput, list[Verdict | None]]:
+        output = self._round.verify(batch)
+        return output, self._round.accept(batch, output)
 
     def _time(
         self, runs: Mapping[T, Callable[[], object]], before: Callable[[], object] = int
@@ -250,7 +255,7 @@ class Calibration:
             num_drafts = (num_rows - index - 1) // len(sequences)
             drafts = list(islice(cycle(self._drafts), num_drafts))
             batch.append(ScheduledSequence(sequence, 1, num_drafts, Draft(drafts)))
-        return lambda: self._accept(batch, self._verifier.forward(batch))
+        return lambda: self._run(batch)
 
     def _verify_costs(self, sequences: list[Sequence]) -> tuple[Curve, float]:
         """A pass by its rows, for one sequence, and what each further sequence adds.
@@ -283,7 +288,7 @@ class Calibration:
 
         def run(count: int) -> None:
             sequence.num_computed = known - count
-            self._verifier.forward([ScheduledSequence(sequence, count, 0)])  # yields no token
+            self._run([ScheduledSequence(sequence, count, 0)])  # yields no token
 
         seconds = self._time({count: partial(run, count) for count in (known // 2, known)})
         sequence.num_computed = known
@@ -292,13 +297,13 @@ class Calibration:
     def _draft_costs(self, name: str, sequences: list[Sequence]) -> DraftCosts:
         counts = [c for c in _SEQUENCES if c <= len(sequences)]
         runs = {
-            (count, guesses): self._round(name, sequences[:count], guesses)
+            (count, guesses): self._drafting(name, sequences[:count], guesses)
             for count in counts
             for guesses in (1, _GUESSES)
         }
         # A pass leaves nothing of the drafter's weights in the processor's caches.
         step = [ScheduledSequence(sequences[0], 1, 0)]
-        seconds = self._time(runs, lambda: self._verifier.forward(step))
+        seconds = self._time(runs, lambda: self._round.verify(step))
         begin, guess = {}, {}
         for count in counts:
             few, many = seconds[count, 1], seconds[count, _GUESSES]
@@ -306,6 +311,5 @@ class Calibration:
             begin[count] = max(0.0, few - guess[count])
         return DraftCosts(Curve(begin), Curve(guess))
 
-    def _round(self, name: str, sequences: list[Sequence], guesses: int) -> Callable[[], object]:
-        requests = [DraftRequest(sequence, guesses) for sequence in sequences]
-        return lambda: self._drafters[name].propose(requests)
+    def _drafting(self, name: str, sequences: list[Sequence], guesses: int) -> Callable[[], object]:
+        return lambda: self._round.guess(name, sequences, guesses)

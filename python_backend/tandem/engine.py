@@ -11,14 +11,14 @@ from collections.abc import Sequence as Items
 import torch
 
 from tandem.acceptance.match import Verdict
-from tandem.acceptance.verdicts import count_round, judge
+from tandem.acceptance.verdicts import count_round
 from tandem.cache.block_pool import BlockPool
 from tandem.calibration import Calibration, make_lookahead
 from tandem.config import EngineConfig
 from tandem.drafter_config import NO_DRAFTER
 from tandem.drafters.drafter import Drafter
 from tandem.drafters.loading import load_drafters
-from tandem.drafters.rounds import force, propose
+from tandem.drafters.rounds import force
 from tandem.errors import RequestCancelledError, TandemError, VerifierOutputError
 from tandem.lifecycle import Lifecycle
 from tandem.lookahead.diagnosis import Finding, Monitor, diagnose
@@ -30,6 +30,7 @@ from tandem.requests.admission import Admission
 from tandem.requests.outputs import Delta, RequestOutput
 from tandem.requests.params import SamplingParams
 from tandem.requests.sequence import FinishReason, ScheduledSequence, Sequence
+from tandem.rounds.making import make_round
 from tandem.scheduler import Scheduler
 
 logger = logging.getLogger("tandem")
@@ -81,7 +82,10 @@ class Engine:
         )
         self.text_limits = self._admission.limits
         self._lifecycle = Lifecycle(self.scheduler, self.drafters, self.stats, self._forget)
-        calibration = Calibration(self.verifier, self.drafters, self.scheduler, self.accept)
+        self.round = make_round(
+            self.verifier, self.drafters, loaded.eos_token_ids, config, loaded.max_model_len
+        )
+        calibration = Calibration(self.verifier, self.drafters, self.scheduler, self.round)
         self.lookahead = make_lookahead(config, calibration)
         if config.synthetic_acceptance_rates:
             logger.warning(
@@ -114,6 +118,7 @@ class Engine:
             output = self.verify(batch)
         with self.stats.time("accept"):
             verdicts = self.accept(batch, output)
+        self.stats.last.update(self.round.seconds)
         with self.stats.time("commit"):
             self.lookahead.observe(batch, [v and v.num_accepted for v in verdicts], self.stats.last)
             deltas = self.commit(batch, output, verdicts)
@@ -129,12 +134,11 @@ class Engine:
 
     def draft(self, batch: list[ScheduledSequence]) -> None:
         """Lets each drafter guess for its sequences, and keeps the guesses worth verifying."""
-        propose(self.drafters, batch, self.lookahead.goes_on)
-        self.lookahead.choose(batch)
+        self.round.draft(batch, self.lookahead)
 
     def verify(self, batch: list[ScheduledSequence]) -> VerifierOutput:
         """One packed pass of the verifier over known tokens and drafts."""
-        return self.verifier.forward(batch)
+        return self.round.verify(batch)
 
     def accept(
         self, batch: list[ScheduledSequence], output: VerifierOutput
@@ -144,8 +148,7 @@ class Engine:
         None stands for a sequence whose prompt isn't computed to its end yet, and an empty verdict
         for one whose logits are not numbers.
         """
-        rates = self.config.synthetic_acceptance_rates or ()
-        return judge(batch, output, self.eos_token_ids, rates)
+        return self.round.accept(batch, output)
 
     def commit(
         self,
@@ -156,17 +159,13 @@ class Engine:
         """Appends the new tokens, rolls rejected drafts back, and frees what has ended."""
         self.stats.num_steps += 1
         self.stats.num_scheduled_sequences += len(batch)
-        deltas, row = [], 0
+        deltas = []
         for scheduled, verdict in zip(batch, verdicts, strict=True):
             sequence = scheduled.sequence
             sequence.num_computed += scheduled.num_tokens
-            if verdict is None:
-                continue
-            deltas.append(self._advance(scheduled, verdict))
-            drafter = self.drafters.get(sequence.drafter)
-            if drafter is not None and not sequence.is_finished:
-                drafter.observe(sequence, output.hidden[row + verdict.num_accepted])
-            row += scheduled.num_rows
+            if verdict is not None:
+                deltas.append(self._advance(scheduled, verdict))
+        self.round.observe(batch, output, verdicts)
         self._lifecycle.settle(batch)
         return deltas
 

@@ -13,6 +13,7 @@ import torch
 from tandem.cpu.compiler import Compiler
 from tandem.cpu.kernels import AttentionKernel, LikeliestToken
 from tandem.cpu.wing import CPUWing
+from tandem.cuda.round_tools import RoundTools
 from tandem.cuda.wing import CUDAWing
 from tandem.errors import ConfigError, shorten
 
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionKernel",
     "Compiler",
     "LikeliestToken",
+    "RoundTools",
     "Wing",
     "device_of",
     "wing_of",

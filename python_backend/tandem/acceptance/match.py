@@ -43,10 +43,16 @@ def toss(
     Args:
         rates: for each position, the share of rounds whose draft there is kept; 0 behind the last.
     """
+    num_accepted = num_kept(rates[: len(draft_ids)], coin)
+    kept = list(draft_ids[:num_accepted])
+    return Verdict([*kept, verifier_ids[num_accepted]], num_accepted)
+
+
+def num_kept(rates: Items[float], coin: Random) -> int:
+    """How many drafts a coin keeps; see `toss`."""
     num_accepted, reached = 0, 1.0
-    for rate in rates[: len(draft_ids)]:
+    for rate in rates:
         if coin.random() * reached >= rate:
             break
         num_accepted, reached = num_accepted + 1, rate
-    kept = list(draft_ids[:num_accepted])
-    return Verdict([*kept, verifier_ids[num_accepted]], num_accepted)
+    return num_accepted

@@ -10,7 +10,7 @@ from tandem.acceptance.selection import Selection, select
 from tandem.drafters.drafter import Drafter
 from tandem.metrics import HIGH_TEMPERATURE, DrafterStats
 from tandem.models.verifier import VerifierOutput
-from tandem.requests.sequence import ScheduledSequence
+from tandem.requests.sequence import ScheduledSequence, Sequence
 from tandem.sampling.processors import token_logprobs
 
 
@@ -33,29 +33,33 @@ def judge(
         whose logits are not numbers.
     """
     yielding = [s for s in batch if s.yields_token]
-    if not yielding:
-        return [None] * len(batch)
-    selections = select(output, yielding, eos_token_ids)
-    return [_verdict(s, selections[s], rates) if s in selections else None for s in batch]
+    selections = select(output, yielding, eos_token_ids) if yielding else {}
+    return [verdict(s, selections[s], rates) if s in selections else None for s in batch]
 
 
-def _verdict(scheduled: ScheduledSequence, selection: Selection, rates: Items[float]) -> Verdict:
+def verdict(
+    scheduled: ScheduledSequence, selection: Selection, rates: Items[float] = ()
+) -> Verdict:
+    """What a sequence keeps, given the verifier's tokens; see `judge`."""
     if not selection.is_sound:
         return Verdict([], 0)
-    verdict = _match(scheduled, selection.token_ids, rates)
+    found = _match(scheduled, selection.token_ids, rates)
     num_top = scheduled.sequence.params.logprobs
     if num_top is None:
-        return verdict
+        return found
     assert selection.logits is not None
-    logprobs = token_logprobs(selection.logits, verdict.token_ids, num_top)
-    return verdict._replace(logprobs=logprobs)
+    logprobs = token_logprobs(selection.logits, found.token_ids, num_top)
+    return found._replace(logprobs=logprobs)
+
+
+def coin_of(sequence: Sequence) -> random.Random:
+    """What decides over a sequence's next drafts where they are accepted by coin."""
+    return random.Random(hash((sequence.seed, sequence.num_tokens)))
 
 
 def _match(scheduled: ScheduledSequence, token_ids: Items[int], rates: Items[float]) -> Verdict:
     if rates and not scheduled.is_forced:
-        sequence = scheduled.sequence
-        coin = random.Random(hash((sequence.seed, sequence.num_tokens)))
-        return toss(scheduled.draft_ids, token_ids, rates, coin)
+        return toss(scheduled.draft_ids, token_ids, rates, coin_of(scheduled.sequence))
     return match(scheduled.draft_ids, token_ids)
 
 

@@ -47,7 +47,15 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        has_scratch: bool = False,
     ) -> None:
+        """Allocates it.
+
+        Args:
+            has_scratch: whether each group has one slot more, for rows that are nobody's.
+        """
+        self._num_scratch = int(has_scratch)
         self.groups = groups
         self.windows = [group.window for group in groups]
         self.block_size = block_size
@@ -70,7 +78,14 @@ class KVCache:
             offset += 2 * size
 
     def _num_slots(self, layer: int) -> int:
-        return self.groups[self._group_of_layer[layer]].num_blocks * self.block_size
+        group = self.groups[self._group_of_layer[layer]]
+        return group.num_blocks * self.block_size + self._num_scratch
+
+    @property
+    def scratch_slots(self) -> list[int]:
+        """In each group, the slot of nobody; only `has_scratch`."""
+        assert self._num_scratch
+        return [group.num_blocks * self.block_size for group in self.groups]
 
     @property
     def num_bytes(self) -> int:

@@ -171,6 +171,9 @@ class CPUWing:
         """The mass of a row's candidates; see `kernels.exp_sums`."""
         return exp_sums(logits, rows, temperature, highest)
 
+    def round_tools(self, dtype: torch.dtype) -> None:
+        """There is no device that could run ahead of the host."""
+
     # --- memory
 
     def free_bytes(self) -> int:

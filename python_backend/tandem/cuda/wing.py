@@ -1,4 +1,4 @@
-"""What computes on a GPU: torch's own operations, as long as there are none better here."""
+"""What computes on a GPU: kernels in the Triton language, graphs, and torch's own operations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from tandem.cache.kv_cache import KVCache
+from tandem.cuda.round_tools import RoundTools
 from tandem.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ class CUDAWing:
     ) -> Tensor:
         """The sum of `exp(logits[row] / temperature - highest)` for each of `rows`, float32."""
         return (logits[rows].float() / temperature - highest).exp().sum(dim=-1, keepdim=True)
+
+    def round_tools(self, dtype: torch.dtype) -> RoundTools | None:
+        """What whole rounds on the device are made with; None where they can't run."""
+        kernel = self.attention_kernel(dtype)
+        return None if kernel is None else RoundTools(kernel, self._device)
 
     # --- memory
 

@@ -22,7 +22,7 @@ class CombinedDrafter(Drafter):
     ) -> None:
         """Joins two drafters, each with the most tokens that it may guess in a round."""
         self._ngram = ngram
-        self._model = model
+        self.model = model
         self._num_ngram_tokens = num_ngram_tokens
         self._num_model_tokens = num_model_tokens
         self.trained_length = model.trained_length
@@ -31,32 +31,42 @@ class CombinedDrafter(Drafter):
         """What followed a long match, or the model's guesses."""
         drafts = [Draft([]) for _ in requests]
         left: list[tuple[int, DraftRequest]] = []
-        for index, (sequence, num_tokens) in enumerate(requests):
-            match = self._ngram.find(sequence)
-            if match is not None and match.size >= _MIN_MATCH:
-                drafts[index] = copy(match, min(num_tokens, self._num_ngram_tokens))
+        for index, request in enumerate(requests):
+            draft = self.look_up(request)
+            if draft is not None:
+                drafts[index] = draft
             else:
-                wanted = min(num_tokens, self._num_model_tokens)
-                left.append((index, DraftRequest(sequence, wanted)))
+                left.append((index, self.for_model(request)))
         if left:
-            guesses = self._model.propose([request for _, request in left], goes_on)
+            guesses = self.model.propose([request for _, request in left], goes_on)
             for (index, _), guess in zip(left, guesses, strict=True):
                 drafts[index] = guess
         return drafts
 
+    def look_up(self, request: DraftRequest) -> Draft | None:
+        """What followed a long match, if there is one."""
+        match = self._ngram.find(request.sequence)
+        if match is None or match.size < _MIN_MATCH:
+            return None
+        return copy(match, min(request.num_tokens, self._num_ngram_tokens))
+
+    def for_model(self, request: DraftRequest) -> DraftRequest:
+        """What the model is asked for where there is none."""
+        return request._replace(num_tokens=min(request.num_tokens, self._num_model_tokens))
+
     def prefill(self, batch: Items[ScheduledSequence]) -> None:
         """The model may keep state of prompts."""
-        self._model.prefill(batch)
+        self.model.prefill(batch)
 
     def observe(self, sequence: Sequence, hidden: Tensor) -> None:
         """The model may start from the verifier's state."""
-        self._model.observe(sequence, hidden)
+        self.model.observe(sequence, hidden)
 
     def num_cached(self, sequence: Sequence) -> int:
         """The model's; lookup keeps no K/V."""
-        return self._model.num_cached(sequence)
+        return self.model.num_cached(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what either keeps."""
         self._ngram.forget(sequence)
-        self._model.forget(sequence)
+        self.model.forget(sequence)

@@ -10,7 +10,9 @@ Source: the Gemma 4 assistants in transformers (`gemma4_assistant`), by whose mo
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +24,16 @@ from tandem.drafters.assistant import Assistant, SharedKV, check_fingerprint
 from tandem.drafters.compiled_step import compile_step
 from tandem.drafters.drafter import Drafter, DraftRequest, GoesOn, always
 from tandem.errors import DrafterMismatchError
-from tandem.models.attention import ATTENTION, PackedBatch, Span
+from tandem.models.attention import ATTENTION, Packed, PackedBatch, Span
 from tandem.requests.sequence import Draft, Sequence
 from tandem.sampling.sample import Draw, Guess, guess
+
+# Samples a token in each row of logits, whose candidates are these tokens: all, if None.
+DrawGuess = Callable[[Tensor, Tensor | None], Guess]
+
+
+def _draw(draws: Items[Draw], logits: Tensor, token_ids: Tensor | None) -> Guess:
+    return guess(logits, draws, token_ids)
 
 
 def source_layers(verifier: PreTrainedModel, cache: KVCache) -> dict[str, int]:
@@ -43,17 +52,16 @@ class MTPDrafter(Drafter):
         self._hidden: dict[int, Tensor] = {}
 
     @abstractmethod
-    def _advance(
-        self,
-        tokens: Tensor,
-        hidden: Tensor,
-        positions: Tensor,
-        draws: Items[Draw],
-        packed: PackedBatch,
+    def advance(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, draw: DrawGuess, packed: Packed
     ) -> tuple[Guess, Tensor]:
         """One guess for each sequence, and the state that the next goes on from.
 
-        Guesses are drawn under the noise that the verifier will use at these positions.
+        Args:
+            tokens: the last known or guessed ones, `[num_sequences]`.
+            hidden: the states that they come from, `[num_sequences, hidden_size]`.
+            positions: of the last known tokens, `[1, num_sequences]`.
+            draw: samples guesses under the noise that the verifier will use.
         """
 
     def observe(self, sequence: Sequence, hidden: Tensor) -> None:
@@ -84,7 +92,8 @@ class MTPDrafter(Drafter):
             if step > 0 and not goes_on(sequences, [draft.confidences for draft in drafts]):
                 break
             draws = [Draw(s.params, s.seed, s.num_tokens + step) for s in sequences]
-            (tokens, sure), hidden = self._advance(tokens, hidden, positions, draws, packed)
+            draw = partial(_draw, draws)
+            (tokens, sure), hidden = self.advance(tokens, hidden, positions, draw, packed)
             for draft, *each in zip(drafts, tokens.tolist(), sure.tolist(), strict=True):
                 draft.token_ids.append(each[0])
                 draft.confidences.append(each[1])
@@ -105,14 +114,10 @@ class Gemma4Drafter(MTPDrafter):
             kind: cache.layer(index) for kind, index in source_layers(verifier, cache).items()
         }
 
-    def _advance(
-        self,
-        tokens: Tensor,
-        hidden: Tensor,
-        positions: Tensor,
-        draws: Items[Draw],
-        packed: PackedBatch,
+    def advance(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, draw: DrawGuess, packed: Packed
     ) -> tuple[Guess, Tensor]:
+        """See `MTPDrafter.advance`."""
         inputs = torch.cat([self._embed(tokens), hidden], dim=-1).unsqueeze(0)
         output = self._assistant.model(
             inputs_embeds=self._assistant.pre_projection(inputs),
@@ -125,19 +130,19 @@ class Gemma4Drafter(MTPDrafter):
             packed=packed,
         )
         state: Tensor = output.last_hidden_state[0]
-        return self._guess(state, draws), self._assistant.post_projection(state)
+        return self._guess(state, draw), self._assistant.post_projection(state)
 
-    def _guess(self, state: Tensor, draws: Items[Draw]) -> Guess:
+    def _guess(self, state: Tensor, draw: DrawGuess) -> Guess:
         head = self._assistant.masked_embedding
         if head is None:
-            return guess(self._assistant.lm_head(state), draws)
+            return draw(self._assistant.lm_head(state), None)
         # Only the tokens of the best centroids are scored.
         best = head.centroids(state).topk(head.centroid_intermediate_top_k, dim=-1).indices
         clusters = head.token_ordering.view(head.num_centroids, head.vocab_size_per_centroid)
         token_ids = clusters[best].flatten(1).long()  # [num_sequences, num_candidates]
         weight = self._assistant.lm_head.weight[token_ids]
         logits = (weight @ state.unsqueeze(-1)).squeeze(-1)
-        return guess(logits, draws, token_ids)
+        return draw(logits, token_ids)
 
 
 class TrainedDrafter(MTPDrafter):
@@ -170,22 +175,19 @@ class TrainedDrafter(MTPDrafter):
         self._shared = SharedKV([cache.layer(index) for index in assistant.config.source_layers])
         self.compiled = None if enforce_eager else compile_step(assistant, self._shared, cache)
 
-    def _advance(
-        self,
-        tokens: Tensor,
-        hidden: Tensor,
-        positions: Tensor,
-        draws: Items[Draw],
-        packed: PackedBatch,
+    def advance(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, draw: DrawGuess, packed: Packed
     ) -> tuple[Guess, Tensor]:
+        """See `MTPDrafter.advance`."""
         row = tokens.unsqueeze(0), hidden.unsqueeze(0), positions
         if self.compiled is not None:
+            assert isinstance(packed, PackedBatch)
             state, logits = self.compiled(*row, packed)
         else:
             state = self._assistant(*row, self._shared, packed=packed)
             logits = self._assistant.head(state)
-        token_ids = self._assistant.draft_token_ids.expand(len(draws), -1)
-        return guess(logits[0], draws, token_ids), state[0]
+        token_ids = self._assistant.draft_token_ids.expand(len(tokens), -1)
+        return draw(logits[0], token_ids), state[0]
 
 
 def check_gemma4_fit(assistant: PreTrainedModel, verifier: PreTrainedModel, cache: KVCache) -> None:

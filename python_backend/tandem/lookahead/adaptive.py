@@ -69,7 +69,7 @@ class AdaptiveLookahead(Lookahead):
         self._prompts = PromptBudget(costs, max_prefill_slowdown)
         self.estimates = Estimates()
         self._advantage = _Advantage()
-        self._plan = Plan(1, 1, frozenset())
+        self._plan = Plan(1, 1)
         self._price = 0.0  # tokens that a second is worth
         self._base = BarePass(0, 0, 0)
         self._idle_rounds: defaultdict[str, int] = defaultdict(int)
@@ -163,7 +163,15 @@ class AdaptiveLookahead(Lookahead):
     def choose(self, batch: Items[ScheduledSequence]) -> None:
         """See `Lookahead.choose`: the likeliest drafts, as many as are worth their rows."""
         super().choose(batch)
-        self._cut(batch)
+        _, least = self._worthwhile(batch)
+        for scheduled in batch:
+            if self._is_free(scheduled):
+                kept = sum(gain >= least for gain in self._verified_gains(scheduled))
+                scheduled.num_draft_tokens = kept
+        self.settle(batch)
+
+    def settle(self, batch: Items[ScheduledSequence]) -> None:
+        """See `Lookahead.settle`."""
         for scheduled in batch:
             if scheduled.sequence.max_lookahead > 0 and scheduled.num_draft_tokens == 0:
                 self._idle_steps[scheduled.sequence.id] += 1
@@ -171,22 +179,42 @@ class AdaptiveLookahead(Lookahead):
             else:
                 self._idle_steps.pop(scheduled.sequence.id, None)
 
-    def _cut(self, batch: Items[ScheduledSequence]) -> None:
+    def _worthwhile(self, batch: Items[ScheduledSequence]) -> tuple[int, float]:
+        """Drafts that are worth their rows: how many, and the least that one of them gains."""
         free = [s for s in batch if s.num_draft_tokens > 0 and self._is_free(s)]
         guesses = sorted((gain for s in free for gain in self._verified_gains(s)), reverse=True)
         num_fixed = sum(s.num_draft_tokens for s in batch) - len(guesses)
         num_rows = self._base.num_rows + num_fixed
         start = self._verify(num_rows)
         value = best = 0.0
-        least = float("inf")
+        num_best, least = 0, float("inf")
         for count, gain in enumerate(guesses, start=1):
             value += gain
             worth = value - self._price * (self._verify(num_rows + count) - start)
             if worth > best:
-                best, least = worth, gain
-        for scheduled in free:
-            kept = sum(gain >= least for gain in self._verified_gains(scheduled))
-            scheduled.num_draft_tokens = kept
+                best, num_best, least = worth, count, gain
+        return num_fixed + num_best, least
+
+    # --- the same where guesses are made and chosen on the device
+
+    def allow(self, batch: Items[ScheduledSequence]) -> int:
+        """See `Lookahead.allow`: by the chances of guesses that are not made yet."""
+        for scheduled in batch:
+            if not scheduled.draft.token_ids and self._is_free(scheduled):
+                depth = self._plan.depths.get(scheduled.sequence.drafter, 0)
+                scheduled.num_draft_tokens = min(scheduled.num_draft_tokens, depth)
+        num_tokens, _ = self._worthwhile(batch)
+        return num_tokens
+
+    def gains(self, scheduled: ScheduledSequence) -> list[float] | None:
+        """See `Lookahead.gains`."""
+        if not self._is_free(scheduled):
+            return super().gains(scheduled)
+        return self._verified_gains(scheduled) if scheduled.draft.token_ids else None
+
+    def chances(self, sequence: Sequence) -> list[float]:
+        """See `Lookahead.chances`."""
+        return self.estimates.by_bin(sequence, "")
 
     def _is_free(self, scheduled: ScheduledSequence) -> bool:
         sequence = scheduled.sequence

@@ -21,7 +21,8 @@ _SEQUENCE_WEIGHT = 6.0
 _SEQUENCE_MEMORY = 1 - 1 / 24
 # Assumed of a drafter that nothing is known of: good enough to be tried.
 _FIRST_GUESS = 0.7
-_NUM_BINS = 12
+# Claims are told apart by the bin that they fall in.
+NUM_BINS = 12
 _TEMPERATURES = (0.0, 0.5, 0.9, 1.2)
 
 
@@ -60,7 +61,7 @@ class _Record:
     def worth(self, source: str, confidence: float) -> float:
         """The share accepted of guesses made with about this confidence."""
         bin_ = _bin(confidence)
-        return self.by_confidence[source, bin_].given((bin_ + 0.5) / _NUM_BINS)
+        return self.by_confidence[source, bin_].given((bin_ + 0.5) / NUM_BINS)
 
 
 @dataclass
@@ -100,6 +101,10 @@ class Estimates:
         """The chance of a guess that its drafter is `confidence` sure of."""
         worth = self._record(sequence).worth(source, confidence)
         return _moved(worth, self._luck[sequence.id].offset)
+
+    def by_bin(self, sequence: Sequence, source: str) -> list[float]:
+        """What `of` says of a confidence in each bin."""
+        return [self.of(sequence, source, (bin_ + 0.5) / NUM_BINS) for bin_ in range(NUM_BINS)]
 
     def observe(
         self,
@@ -150,4 +155,4 @@ def _moved(chance: float, offset: float) -> float:
 
 
 def _bin(confidence: float) -> int:
-    return min(_NUM_BINS - 1, int(confidence * _NUM_BINS))
+    return min(NUM_BINS - 1, int(confidence * NUM_BINS))

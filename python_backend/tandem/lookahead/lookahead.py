@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 from tandem.lookahead.costs import CostModel
+from tandem.lookahead.estimates import NUM_BINS
 from tandem.lookahead.prompt_budget import NO_LIMITS, PromptLimits
 from tandem.requests.sequence import ScheduledSequence, Sequence
 
@@ -43,6 +44,28 @@ class Lookahead:
         """Lowers `num_draft_tokens` to the drafts that are worth verifying."""
         for scheduled in batch:
             scheduled.num_draft_tokens = len(scheduled.draft_ids)
+
+    # --- the same where guesses are made and chosen on the device
+
+    def allow(self, batch: Items[ScheduledSequence]) -> int:
+        """Draft tokens that the pass may verify, before guesses are made.
+
+        Lowers `num_draft_tokens` to guesses worth making, where there is no draft yet.
+        """
+        return sum(scheduled.num_draft_tokens for scheduled in batch)
+
+    def gains(self, scheduled: ScheduledSequence) -> list[float] | None:
+        """Expected tokens of each draft; None if that is up to how sure its drafter will be."""
+        return [1.0] * scheduled.num_draft_tokens
+
+    def chances(self, sequence: Sequence) -> list[float]:
+        """The chance that a guess is accepted, by the bin of its confidence; `NUM_BINS` of them."""
+        return [1.0] * NUM_BINS
+
+    def settle(self, batch: Items[ScheduledSequence]) -> None:
+        """Takes what became of `num_draft_tokens`."""
+
+    # --- after the step
 
     def observe(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tandem.lookahead.costs import CostModel
 from tandem.requests.sequence import ScheduledSequence
@@ -35,11 +35,15 @@ class BarePass:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sequences get drafts, and the step's tokens and seconds to be expected then."""
+    """Which sequences get drafts, and the step's tokens and seconds to be expected then.
+
+    `depths` says how many guesses the rounds of each drafter have.
+    """
 
     tokens: float
     seconds: float
-    chosen: frozenset[ScheduledSequence]
+    chosen: frozenset[ScheduledSequence] = frozenset()
+    depths: Mapping[str, int] = field(default_factory=dict)
 
 
 def best_plan(
@@ -52,7 +56,7 @@ def best_plan(
             chance that it and all before it are accepted.
     """
     tokens = float(max(1, bare.num_rows))
-    best = Plan(tokens, costs.rest + bare.seconds(costs, bare.num_rows), frozenset())
+    best = Plan(tokens, costs.rest + bare.seconds(costs, bare.num_rows))
     # A guess that brings less than half of what its row costs needs no thought.
     row = (
         bare.seconds(costs, bare.num_rows + _AHEAD) - bare.seconds(costs, bare.num_rows)
@@ -81,6 +85,6 @@ def best_plan(
         tokens += gain
         seconds = costs.rest + sum(draft.values()) + bare.seconds(costs, bare.num_rows + count)
         if tokens * best.seconds > best.tokens * seconds:
-            best, num_best = Plan(tokens, seconds, frozenset()), count
+            best, num_best = Plan(tokens, seconds, depths=dict(depths)), count
     chosen = frozenset(sequences[index] for _, _, index in guesses[:num_best])
-    return Plan(best.tokens, best.seconds, chosen)
+    return replace(best, chosen=chosen)

@@ -97,9 +97,14 @@ class PackedBatch:
     ) -> Tensor:
         """See `Packed`; key and value are the pool, `[num_slots, num_kv_heads, head_dim]`."""
         if self.kernel is not None:
-            spans, tables = self.spans()
-            row = spans[group_of(self._windows, window)], tables, self._block_size
-            return self.kernel(query, key, value, *row, scaling, window, causal=self._causal)
+            row = PackedRow(
+                self.kernel,
+                *self.spans(),
+                self._block_size,
+                self._windows,
+                causal=self._causal,
+            )
+            return row.attend(query, key, value, scaling, window)
         _, num_heads, num_tokens, head_dim = query.shape
         num_kv_heads = key.shape[1]
         num_groups = num_heads // num_kv_heads
@@ -202,6 +207,35 @@ class PackedBatch:
             hidden |= keys <= queries - window
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         return mask.masked_fill_(hidden, float("-inf")).repeat(num_groups, 1)[None, None]
+
+
+class PackedRow:
+    """A packed row that is described by tensors alone, for a wing with a kernel; see `Packed`."""
+
+    def __init__(
+        self,
+        kernel: AttentionKernel,
+        spans: Items[Tensor],
+        tables: Tensor,
+        block_size: int,
+        windows: Items[int | None],
+        *,
+        causal: bool,
+    ) -> None:
+        """Takes what `PackedBatch.spans` gives, and the groups' windows."""
+        self._kernel = kernel
+        self._spans = spans
+        self._tables = tables
+        self._block_size = block_size
+        self._windows = windows
+        self._causal = causal
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """See `Packed`; key and value are the pool, `[num_slots, num_kv_heads, head_dim]`."""
+        row = self._spans[group_of(self._windows, window)], self._tables, self._block_size
+        return self._kernel(query, key, value, *row, scaling, window, causal=self._causal)
 
 
 def paged_attention(

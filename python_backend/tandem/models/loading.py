@@ -114,7 +114,14 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     cached = {}
     for name, each in models.items():
         shapes, expected = probes[name]
-        cache = KVCache(shapes, groups, config.block_size, dtype, device)
+        cache = KVCache(
+            shapes,
+            groups,
+            config.block_size,
+            dtype,
+            device,
+            has_scratch=wing.round_tools(dtype) is not None,
+        )
         each.set_attn_implementation(ATTENTION)
         check_paged(each, cache, expected)
         cached[name] = CachedModel(each, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.cache.kv_cache import KVCache
-from tandem.models.attention import PackedBatch
+from tandem.models.attention import Packed, PackedBatch
 
 
 def packed_logits(
@@ -30,13 +31,38 @@ def packed_logits(
     Returns:
         `[len(rows), vocab_size]`.
     """
+    return row_logits(
+        model,
+        cache,
+        packed,
+        packed.slots(),
+        torch.tensor([token_ids], device=model.device),
+        torch.tensor([positions], device=model.device),
+        torch.tensor(rows, dtype=torch.long, device=model.device),
+    )
+
+
+def row_logits(
+    model: PreTrainedModel,
+    cache: KVCache,
+    packed: Packed,
+    slots: Items[Tensor],
+    token_ids: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """The same of tensors alone, `token_ids` and `positions` `[1, num_tokens]`.
+
+    Args:
+        slots: of the row in each group of layers, `[num_tokens]`.
+    """
     caller: Any = model
     logits: Tensor = caller(
-        input_ids=torch.tensor([token_ids], device=model.device),
-        position_ids=torch.tensor([positions], device=model.device),
-        cache=cache.writer(packed.slots()),
+        input_ids=token_ids,
+        position_ids=positions,
+        cache=cache.writer(slots),
         use_cache=True,
-        logits_to_keep=torch.tensor(rows, dtype=torch.long, device=model.device),
+        logits_to_keep=rows,
         packed=packed,
     ).logits
     return logits[0]

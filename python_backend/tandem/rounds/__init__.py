@@ -1,0 +1,1 @@
+"""Draft, verify and accept: the phases of a step that compute."""
