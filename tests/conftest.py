@@ -81,12 +81,19 @@ def engines(tiny: TinyModels) -> Engines:
     return Engines(tiny)
 
 
+@pytest.fixture(scope="session")
+def cuda_engines(tiny: TinyModels) -> Engines:
+    """Engines whose rounds run on the device, with the CPU's kernels; used within `cuda_wing`."""
+    return Engines(tiny)
+
+
 @pytest.fixture(autouse=True)
 def _no_block_in_use(request: pytest.FixtureRequest) -> Iterator[None]:
     """After every test the caches of the shared engines are intact and empty."""
+    used = request.getfixturevalue("engines") if "engines" in request.fixturenames else None
     yield
-    if "engines" in request.fixturenames:
-        request.getfixturevalue("engines").check_idle()
+    if used is not None:
+        used.check_idle()
 
 
 @pytest.fixture

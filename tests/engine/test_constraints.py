@@ -15,6 +15,7 @@ from doubles import HalfDrafter, OracleDrafter, WrongDrafter, finish, plain, pro
 from tandem import Engine, FinishReason, Guide, InvalidRequestError, SamplingParams, Sequence
 from tiny_engines import DEVICE, MAX_LOOKAHEAD, Engines, TinyModels
 
+pytestmark = pytest.mark.both_wings
 NUM_TOKENS = 32
 SCHEMA = json.dumps(
     {

@@ -16,6 +16,7 @@ from tandem.lookahead.costs import CostModel
 from tiny_engines import MAX_LOOKAHEAD
 from tiny_models import ASSISTANTS
 
+pytestmark = pytest.mark.both_wings
 NUM_TOKENS = 24
 FILTERS = [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}]
 PARAMS = [
@@ -341,8 +342,8 @@ def test_a_step_that_fails_half_way_can_be_aborted(
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "mtp", "causal_lm", "ngram+causal_lm"])
-def test_drafters_forget_what_has_ended(engines, drafter: str) -> None:
-    """Nothing about a sequence outlives it, however it ended."""
+def test_drafters_forget_what_has_ended(engines, wing: str, drafter: str) -> None:
+    """Nothing about a sequence outlives it, however it ended; a GPU's slots are given anew."""
     engine = engines("gemma-4-31B", mtp=True, causal_lm="llama")
     sequences = [
         engine.make_sequence(prompt, params, drafter=drafter) for prompt, params in REQUESTS
@@ -357,7 +358,7 @@ def test_drafters_forget_what_has_ended(engines, drafter: str) -> None:
         for value in vars(engine.drafters[name]).values()
         if isinstance(value, dict) and set(value) & {sequence.id for sequence in sequences}
     ]
-    assert kept
+    assert bool(kept) != (wing == "cuda" and drafter == "mtp")
     engine.cancel(sequences[0])
     finish(engine)
     assert not any(kept)

@@ -86,6 +86,7 @@ class DeviceRound(Round):
         """See `Round.draft`; guesses of models are read only where the host has to see them."""
         self._started = time.perf_counter()
         self._lookahead = lookahead
+        self._models = {}
         on_host = [s for s in batch if not self._is_for_model(s)]
         propose(self._drafters, on_host, lookahead.goes_on)
         for scheduled in on_host:
