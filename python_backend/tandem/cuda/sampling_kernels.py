@@ -95,16 +95,16 @@ def find_maxima(
 
 @triton.jit
 def _key(score):
-    """Integers, int64, in the order of float32 numbers."""
+    """Integers, int64, in the order of float32 numbers; both zeros have one."""
     bits = score.to(tl.int32, bitcast=True).to(tl.int64)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 @triton.jit
 def _score(key):
     """The number with this key."""
-    bits = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.int32)
-    return bits.to(tl.float32, bitcast=True)
+    size = tl.abs(key).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.where(key < 0, -size, size)
 
 
 @triton.jit
