@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tandem.cuda import attention
+from tandem.cuda import attention, sampling, sampling_kernels
 from tandem.cuda.attention import Tiles
 from tandem.cuda.kernels import attend_parts, join_parts
 
@@ -31,11 +31,34 @@ _SHAPES = ((4, 64), (1, 80), (4, 128), (8, 128), (4, 256), (2, 256), (8, 256), (
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of which type, with which window (0 for none), and whether causal.
 _VARIANTS = (("bf16", 0, True), ("bf16", 512, True), ("bf16", 512, False), ("fp16", 0, True))
+# What else the kernels read and write; all other arguments are numbers.
+_TYPES = {
+    "parts": "*fp32",
+    "states": "*fp32",
+    "spans": "*i32",
+    "tables": "*i32",
+    "scaling": "fp32",
+    "seeds": "*i64",
+    "positions": "*i64",
+    "temperatures": "*fp32",
+    "top_k": "*i64",
+    "top_p": "*fp32",
+    "log_min_p": "*fp32",
+    "token_ids": "*i64",
+    "maxima": "*fp32",
+    "masses": "*fp32",
+    "listed": "*i32",
+    "found": "*fp32",
+    "bounds": "*fp32",
+    "chosen": "*i64",
+    "winner_scores": "*fp32",
+    "winners": "*i32",
+}
 
 
 def main() -> None:
     for target in map(int, sys.argv[1:]):
-        for name, found in compiled(target):
+        for name, found in itertools.chain(compiled(target), compiled_sampling(target)):
             print(json.dumps({"name": name, **found}))
 
 
@@ -70,12 +93,28 @@ def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
             yield f"join {name}", _compile(join_parts, target, pointers, constants, {})
 
 
+def compiled_sampling(target: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """The kernels of sampling: 262,144 tokens, and as many candidates whose tokens are given."""
+    chunk = {"CHUNK_BLOCKS": sampling._CHUNK_BLOCKS}
+    num_chunks = 1024 // sampling._CHUNK_BLOCKS
+    no_ids = {"token_ids": None}
+    cases: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (sampling_kernels.find_maxima, chunk),
+        (sampling_kernels.find_bounds, {"NUM_BLOCKS": 1024, "TILE": sampling._TILE} | no_ids),
+        (sampling_kernels.find_winners, chunk | no_ids),
+        (sampling_kernels.find_winners, chunk),
+        (sampling_kernels.join_winners, {"NUM_CHUNKS": num_chunks}),
+    )
+    for kernel, constants in cases:
+        found = _compile(kernel, target, {"logits": "bf16"}, constants, sampling._OPTIONS)
+        yield kernel.__name__, found
+
+
 def _compile(
     kernel: Any, target: int, pointers: dict[str, str], constants: dict[str, Any], options: Any
 ) -> dict[str, int]:
-    types = {name: f"*{kind}" for name, kind in pointers.items()}
-    types |= {"parts": "*fp32", "states": "*fp32", "spans": "*i32", "tables": "*i32"}
-    types |= {"scaling": "fp32"} | dict.fromkeys(constants, "constexpr")
+    types = _TYPES | {name: f"*{kind}" for name, kind in pointers.items()}
+    types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     aligned = [(i,) for i, name in enumerate(signature) if signature[name].startswith("*")]
     source = ASTSource(
