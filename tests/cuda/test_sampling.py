@@ -18,7 +18,6 @@ from tandem import SamplingParams
 from tandem.cuda import sampling, sampling_kernels
 from tandem.cuda.sampling_kernels import block_exponential, splitmix64
 from tandem.cuda.sampling_kernels import gumbel as gumbel_in_kernel
-from tandem.cuda.wing import CUDAWing
 from tandem.sampling import noise
 from tandem.sampling.sample import Draw, sample
 
@@ -70,8 +69,7 @@ def columns_of(draws: list[Draw]) -> list[Tensor]:
 
 def choose(logits: Tensor, draws: list[Draw], token_ids: Tensor | None = None) -> Tensor:
     ids = None if token_ids is None else token_ids.to(DEVICE)
-    chosen = CUDAWing(DEVICE).choose(logits.to(DEVICE), *columns_of(draws), ids)
-    assert chosen is not None
+    chosen = sampling.choose(logits.to(DEVICE), *columns_of(draws), ids)
     assert chosen.dtype == torch.int64
     return chosen.cpu()
 

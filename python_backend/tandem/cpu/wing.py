@@ -165,19 +165,6 @@ class CPUWing:
             scores += mask
         return torch.matmul(scores.softmax(-1).to(query.dtype), value)
 
-    def choose(
-        self,
-        logits: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        temperatures: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        log_min_p: Tensor,
-        token_ids: Tensor | None = None,
-    ) -> None:
-        """Nothing is in the way of shapes that depend on data, which are less to compute."""
-
     def exp_sums(
         self, logits: Tensor, rows: Tensor, temperature: Tensor, highest: Tensor
     ) -> Tensor:

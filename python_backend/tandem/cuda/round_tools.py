@@ -63,11 +63,10 @@ class RoundTools:
         token_ids: Tensor | None = None,
     ) -> Tensor:
         """See `tandem.cuda.sampling.choose`."""
-        from tandem.cuda import sampling
+        from tandem.cuda.sampling import choose
 
-        return sampling.choose(
-            logits, seeds, positions, temperatures, top_k, top_p, log_min_p, token_ids
-        )
+        columns = (temperatures, top_k, top_p, log_min_p)
+        return choose(logits, seeds, positions, *columns, token_ids)
 
     def graph(self, run: Callable[[], T]) -> Callable[[], T]:
         """Captures what `run` launches; see `CUDAGraph`.

@@ -109,28 +109,6 @@ class CUDAWing:
         """Attention of `[1, num_kv_heads, num_rows, head_dim]` by matrix products."""
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
-    def choose(
-        self,
-        logits: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        temperatures: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        log_min_p: Tensor,
-        token_ids: Tensor | None = None,
-    ) -> Tensor | None:
-        """The candidate that each row samples, without shapes that depend on data.
-
-        See `tandem.cuda.sampling.choose`; None where the Triton language isn't there.
-        """
-        if not _HAS_KERNELS:
-            return None
-        from tandem.cuda.sampling import choose
-
-        columns = (seeds, positions, temperatures, top_k, top_p, log_min_p)
-        return choose(logits, *columns, token_ids)
-
     def exp_sums(
         self, logits: Tensor, rows: Tensor, temperature: Tensor, highest: Tensor
     ) -> Tensor:

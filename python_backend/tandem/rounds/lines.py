@@ -46,7 +46,7 @@ def write_lines(
         "limit": [s.num_draft_tokens for s in order],
         "coin": [_coin(s, rates) for s in order],
         "seed": [signed(s.seed) for s in sequences],
-        "temperature": [p.temperature for p in params],
+        "temperature": [0.0 if p.is_greedy else p.temperature for p in params],
         "top_k": [p.top_k for p in params],
         "top_p": [p.top_p for p in params],
         "log_min_p": [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params],
