@@ -1,0 +1,197 @@
+"""Rounds on the device: what a graph can hold, how often the host waits, and sizes of graphs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cuda_wing import HostTools, QuickWing, cuda_wing
+from doubles import finish, prompt_of
+from tandem import Engine, SamplingParams
+from tandem.rounds.device import DeviceRound
+from tandem.rounds.staging import Staging
+from tiny_engines import Engines
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="graphs hold it there or fail")
+# What reads a value back, or has a shape that depends on data: neither can be in a CUDA graph.
+FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "item", "is_nonzero"}
+# No work on a device.
+FREE = {"empty", "new_empty", "empty_like", "detach", "lift_fresh", "view", "_unsafe_view", "to"}
+SAMPLED = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, seed=1, ignore_eos=True)
+GREEDY = replace(SAMPLED, temperature=0.0, top_p=1.0)
+
+
+class Recorded(TorchDispatchMode):
+    """Notes what is launched, and refuses what a CUDA graph can't hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[tuple[str, tuple[Any, ...]]] = []
+        self.read: list[str] = []
+        self.outside: set[int] = set()  # storages that were there before
+        self._made: dict[int, Tensor] = {}  # kept, so that no address is given twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in FORBIDDEN:
+            self.read.append(name)
+        if name in ("index", "index_put_"):
+            dtypes = [i.dtype for i in args[1] if i is not None]
+            assert torch.bool not in dtypes, "indexed by a mask"
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for tensor in tensors:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in self._made:
+                self.outside.add(address)
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        for tensor in made:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in self.outside:
+                self._made[address] = tensor
+        if not func.is_view and name not in FREE:
+            self.launches.append((name, tuple(tuple(t.shape) for t in (*tensors, *made))))
+        return result
+
+    def note(self, name: str, *tensors: Tensor) -> None:
+        self.launches.append((name, tuple(tuple(t.shape) for t in tensors)))
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(name for name, _ in self.launches)
+
+
+class NotedTools(HostTools):
+    """Kernels that are noted and not run: in the interpreter they'd be torch's operations."""
+
+    recorded: Recorded | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(self._attend, device)  # type: ignore[arg-type]
+
+    def _attend(self, query: Tensor, *rest: Any, causal: bool) -> Tensor:
+        if self.recorded is not None:
+            self.recorded.note("attend_parts", query, *rest[:4])
+            self.recorded.note("join_parts", query)
+        return query.transpose(1, 2).contiguous()
+
+    def choose(self, logits: Tensor, seeds: Tensor, *columns: Any) -> Tensor:
+        if self.recorded is not None:
+            for kernel in ("find_maxima", "find_bounds", "find_winners", "join_winners"):
+                self.recorded.note(kernel, logits)
+        return torch.zeros_like(seeds)
+
+
+class NotedWing(QuickWing):
+    def round_tools(self, dtype: torch.dtype) -> NotedTools:
+        return NotedTools(self._device)
+
+
+@contextmanager
+def recording(engine: Engine) -> Iterator[Recorded]:
+    assert isinstance(engine.round, DeviceRound)
+    tools = engine.round._tools
+    assert isinstance(tools, NotedTools)
+    with Recorded() as recorded:
+        tools.recorded = recorded
+        yield recorded
+    tools.recorded = None
+
+
+def programs_of(engine: Engine) -> list[Callable[[], object]]:
+    """A round of the batch that was sent last, program by program."""
+    round_ = engine.round
+    assert isinstance(round_, DeviceRound)
+    programs, size = round_._programs, round_._size
+    return [
+        lambda: programs.draft(0, 3, 4),
+        lambda: programs.accept(size, programs.verify(size)),
+    ]
+
+
+def start(engine: Engine, num_sequences: int, params: SamplingParams, seed: int = 0) -> None:
+    for number in range(num_sequences):
+        prompt = prompt_of(5 + 3 * number, seed)
+        engine.add(
+            engine.make_sequence(
+                prompt, replace(params, seed=number), drafter="mtp", num_speculative_tokens=4
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def noted(cuda_engines: Engines) -> Iterator[Engine]:
+    """An engine whose kernels are only noted."""
+    with cuda_wing(NotedWing):
+        yield cuda_engines.make("gemma-4-E2B", mtp=True)
+
+
+@pytest.fixture(autouse=True)
+def _noted_wing() -> Iterator[None]:
+    with cuda_wing(NotedWing):
+        yield
+
+
+def test_a_step_reads_once_and_nothing_in_its_programs(
+    noted: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, drafts, greedy and sampled rows: one copy there, one back, nothing else is read."""
+    copies: Counter[str] = Counter()
+    for name in ("send", "receive"):
+        method = getattr(Staging, name)
+
+        def counted(staging: Staging, name: str = name, method: Any = method) -> None:
+            copies[name] += 1
+            method(staging)
+
+        monkeypatch.setattr(Staging, name, counted)
+    start(noted, 2, GREEDY)
+    start(noted, 2, SAMPLED)
+    steps = 0
+    with recording(noted) as recorded:
+        while noted.has_work:
+            copies.clear()
+            noted.step()
+            steps += 1
+            assert copies == {"send": 1, "receive": 1}
+    assert steps > 2
+    assert recorded.read == []
+    assert recorded.counts["find_maxima"] > 0
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_programs_launch_the_same_from_the_same_places(
+    noted: Engine, params: SamplingParams
+) -> None:
+    """For other sequences, lengths and drafts: no shape changes, and no buffer moves."""
+    found = []
+    for seed in (1, 2):
+        start(noted, 3, params, seed)
+        for _ in range(2 * seed):
+            noted.step()
+        batch = noted.schedule()
+        noted.draft(batch)
+        each = []
+        for program in programs_of(noted):
+            with recording(noted) as recorded:
+                program()
+            assert recorded.read == []
+            each.append((recorded.launches, recorded.outside))
+        found.append(each)
+        for sequence in list(noted.scheduler.running):
+            noted.cancel(sequence)
+        finish(noted)
+    first, second = found
+    sizes = [len(launches) for launches, _ in first]
+    assert min(sizes) > 20
+    for one, other in zip(first, second, strict=True):
+        assert one == other
