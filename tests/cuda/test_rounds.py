@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cuda_wing import HostTools, QuickWing, cuda_wing
-from doubles import finish, prompt_of
+from cuda_wing import FakeGraph, HostTools, QuickTools, QuickWing, cuda_wing
+from doubles import finish, plain, prompt_of
 from tandem import Engine, SamplingParams
 from tandem.rounds.device import DeviceRound
 from tandem.rounds.staging import Staging
@@ -129,16 +129,16 @@ def start(engine: Engine, num_sequences: int, params: SamplingParams, seed: int 
 
 
 @pytest.fixture(scope="module")
-def noted(cuda_engines: Engines) -> Iterator[Engine]:
+def _noted(cuda_engines: Engines) -> Engine:
+    with cuda_wing(NotedWing):
+        return cuda_engines.make("gemma-4-E2B", mtp=True)
+
+
+@pytest.fixture
+def noted(_noted: Engine) -> Iterator[Engine]:
     """An engine whose kernels are only noted."""
     with cuda_wing(NotedWing):
-        yield cuda_engines.make("gemma-4-E2B", mtp=True)
-
-
-@pytest.fixture(autouse=True)
-def _noted_wing() -> Iterator[None]:
-    with cuda_wing(NotedWing):
-        yield
+        yield _noted
 
 
 def test_a_step_reads_once_and_nothing_in_its_programs(
@@ -195,3 +195,49 @@ def test_programs_launch_the_same_from_the_same_places(
     assert min(sizes) > 20
     for one, other in zip(first, second, strict=True):
         assert one == other
+
+
+class CountedGraphs(QuickTools):
+    """Counts replays of graphs, and what runs without one."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.graphs: list[FakeGraph] = []
+
+    def graph(self, run: Callable[[], Any]) -> FakeGraph:
+        self.graphs.append(FakeGraph(run))
+        return self.graphs[-1]
+
+    @property
+    def num_replays(self) -> int:
+        return sum(graph.num_replays for graph in self.graphs)
+
+
+class GraphWing(QuickWing):
+    def round_tools(self, dtype: torch.dtype) -> CountedGraphs:
+        return CountedGraphs(self.attention_kernel(dtype), self._device)
+
+
+def test_steps_are_a_few_graphs(engines: Engines) -> None:
+    """Three for a step with an assistant, and two without; the tokens are those of no graphs."""
+    settings = {"max_num_seqs": 3, "max_num_batched_tokens": 40}
+    requests = [(prompt_of(9 + 17 * n), replace(SAMPLED, seed=n)) for n in range(4)]
+    expected = plain(engines("gemma-4-31B", mtp=True), requests)
+    with cuda_wing(GraphWing):
+        engine = engines.make("gemma-4-31B", mtp=True, enforce_eager=False, **settings)
+        assert isinstance(engine.round, DeviceRound)
+        tools = engine.round._tools
+        assert isinstance(tools, CountedGraphs)
+        for drafter, most in (("none", 2), ("mtp", 3), ("ngram", 2), ("ngram+mtp", 3)):
+            sequences = [engine.make_sequence(*each, drafter=drafter) for each in requests]
+            for sequence in sequences:
+                engine.add(sequence)
+            while engine.has_work:
+                decodes = not engine.scheduler.waiting and all(
+                    s.is_decoding for s in engine.scheduler.running
+                )
+                before = tools.num_replays
+                engine.step()
+                if decodes:
+                    assert 2 <= tools.num_replays - before <= most
+            assert [s.output_ids for s in sequences] == expected, drafter
