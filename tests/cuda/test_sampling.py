@@ -179,6 +179,14 @@ def test_rows_that_are_not_finite_get_none(params: dict[str, Any]) -> None:
     assert choose(logits, draws).tolist() == [expected[0], -1, -1, -1, expected[4], -1]
 
 
+def test_each_is_counted_once() -> None:
+    """Where the search looks at numbers that are there: neighbours, each some 50 times."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 1 - torch.randint(10, (20, 500), generator=generator) * 2.0**-24
+    draws = [sampled(20, top_k=60 + 20 * row)[row] for row in range(20)]
+    assert choose(logits, draws).tolist() == sample(logits, draws).tolist()
+
+
 def test_rows_may_lie_apart() -> None:
     """As the logits of some of a pass's rows do."""
     logits = random_logits(1, 8, 600)

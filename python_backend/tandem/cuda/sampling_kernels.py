@@ -358,8 +358,7 @@ def find_winners(
     is_first = is_live & (perturbed == largest)
     winner = tl.min(tl.where(is_first, candidates, num_candidates))
     tl.store(winner_scores + place, largest)
-    # A chunk where none is left must not win by its place.
-    tl.store(winners + place, tl.where(largest == -_INF, 0, winner))
+    tl.store(winners + place, winner)
 
 
 @triton.jit
