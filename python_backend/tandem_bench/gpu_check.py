@@ -10,14 +10,12 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,6 +23,7 @@ from tandem.cuda.attention import paged_attention
 from tandem.models.attention import PackedBatch, Span
 from tandem.requests.sequence import BlockTable
 from tandem_bench import gpu_engine
+from tandem_bench.gpu_engine import seconds
 from tandem_bench.results import Results
 from tandem_bench.tables import Cells, table
 from tandem_runtime.paths import ROOT
@@ -33,7 +32,7 @@ _BLOCK_SIZE = 16
 _MIB = 2**20
 # Of the device, in a copy.
 _COPIED_BYTES = 2**31
-_TESTS = "tests/cuda/test_paged_attention.py"
+_TESTS = ("tests/cuda/test_sampling.py", "tests/cuda/test_paged_attention.py")
 _TEST_SECONDS = 180
 
 
@@ -139,7 +138,7 @@ def device() -> dict[str, Any]:
 
 def tests(is_dry: bool) -> int:
     """The kernel's own tests, in a process of their own; their exit status."""
-    chosen = ["-k", "large and 256"] if is_dry else []
+    chosen = ["-k", "large and 256 or same_bits"] if is_dry else []
     path = os.pathsep.join([str(ROOT / "python_backend"), str(ROOT / "client")])
     environment = {**os.environ, "TRITON_INTERPRET": str(int(is_dry))}
     environment["PYTHONPATH"] = os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])
@@ -151,7 +150,7 @@ def tests(is_dry: bool) -> int:
         "-x",
         "-p",
         "no:cacheprovider",
-        _TESTS,
+        *_TESTS,
         *chosen,
     ]
     try:
@@ -225,21 +224,14 @@ def compare(layer: Layer, load: Load, rate: float) -> dict[str, float]:
     }
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """The median of some runs, with nothing of the last one in the caches."""
-    if torch.cuda.is_available():
-        return float(triton.testing.do_bench(work, warmup=10, rep=50, return_mode="median")) / 1e3
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def summary(cells: Cells) -> str:
     """A row for each shape."""
-    names = list(next(iter(cells.values())))
+    names = list(dict.fromkeys(name for cell in cells.values() for name in cell))
     header = ["", *(name.replace("_", " ") for name in names)]
-    return table(header, [[key, *(cell[name] for name in names)] for key, cell in cells.items()])
+    return table(
+        header, [[key, *(cell.get(name, "") for name in names)] for key, cell in cells.items()]
+    )

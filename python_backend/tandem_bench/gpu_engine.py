@@ -1,6 +1,7 @@
 """The engine on models of published shapes whose weights are random: what its steps take.
 
 Drafts are accepted by coin (`synthetic_acceptance_rates`), since random models agree on nothing.
+Beside it stands transformers' `generate` with the same weights.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import gc
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from transformers import (
+    AutoModelForCausalLM,
     Gemma4AssistantConfig,
     Gemma4AssistantForCausalLM,
     Gemma4ForCausalLM,
@@ -24,6 +28,7 @@ from transformers import (
 
 from tandem import Engine, EngineConfig, SamplingParams
 from tandem.metrics import PHASES
+from tandem.rounds.device import DeviceRound
 from tandem_bench.drive import closed_loop
 
 _CONCURRENCIES = (1, 4, 16, 64)
@@ -114,23 +119,62 @@ _TINY: dict[str, Any] = {
 
 
 def run(is_dry: bool) -> Iterator[tuple[str, dict[str, float]]]:
-    """Tokens a second and milliseconds of each phase, for each pair, drafter and concurrency."""
+    """Tokens a second, milliseconds of each phase and of each program on the device.
+
+    For each pair, drafter and concurrency, and of transformers.
+    """
     for pair in PAIRS[:1] if is_dry else PAIRS:
+        name = f"{'tiny ' * is_dry}{pair.name}"
+        concurrencies = (1, 2) if is_dry else _CONCURRENCIES
         with tempfile.TemporaryDirectory() as folder:
-            engine = load(pair, Path(folder), is_dry)
-        for concurrency in (1, 2) if is_dry else _CONCURRENCIES:
+            config = save(pair, Path(folder), is_dry)
+            for concurrency in concurrencies[::2]:
+                cell = generate(Path(folder), concurrency, is_dry)
+                yield f"{name}, transformers, {concurrency} at a time", cell
+            started = time.perf_counter()
+            engine = Engine(config)
+            print(f"{name}: loaded in {time.perf_counter() - started:.0f} s", flush=True)
+        for concurrency in concurrencies:
             for drafter in ("none", "mtp"):
                 cell = measure(engine, drafter, concurrency, is_dry)
                 said = "none" if drafter == "none" else f"{drafter} ({pair.said})"
-                yield f"{'tiny ' * is_dry}{pair.name}, {said}, {concurrency} at a time", cell
+                yield f"{name}, {said}, {concurrency} at a time", cell
         del engine
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free()
 
 
-def load(pair: Pair, folder: Path, is_dry: bool) -> Engine:
-    """An engine on checkpoints that are written to `folder`."""
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def generate(folder: Path, concurrency: int, is_dry: bool) -> dict[str, float]:
+    """Tokens a second of transformers' `generate`, greedy, for prompts of one length."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "verifier", dtype="auto")
+    model.to(device)
+    length, num_tokens = (10, 8) if is_dry else (_PROMPT, _ANSWER)
+    token_ids = torch.tensor(_prompts(concurrency, length), device=device)
+    took = 0.0
+    for count in (4, num_tokens):  # the first warms up
+        started = time.perf_counter()
+        output = model.generate(
+            token_ids, do_sample=False, min_new_tokens=count, max_new_tokens=count
+        )
+        output.tolist()
+        took = time.perf_counter() - started
+    del model
+    _free()
+    return {"tokens_per_second": round(concurrency * num_tokens / took, 2)}
+
+
+def _prompts(count: int, length: int) -> list[list[int]]:
+    return [[3 + (7 * number + n) % 300 for n in range(length)] for number in range(count)]
+
+
+def save(pair: Pair, folder: Path, is_dry: bool) -> EngineConfig:
+    """Writes checkpoints to `folder`; the configuration of an engine on them."""
     tiny = _TINY if is_dry else {}
     if is_dry:
         tiny = {**tiny, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384}
@@ -159,24 +203,21 @@ def load(pair: Pair, folder: Path, is_dry: bool) -> Engine:
     _save(Gemma4AssistantForCausalLM, assistant, folder / "assistant")
     most = 2 if is_dry else max(_CONCURRENCIES)
     length = 64 if is_dry else 512
-    return Engine(
-        EngineConfig(
-            verifier=str(folder / "verifier"),
-            drafters={
-                "mtp": {
-                    "model": str(folder / "assistant"),
-                    "num_speculative_tokens": len(pair.rates),
-                }
-            },
-            max_num_seqs=most,
-            max_model_len=length,
-            kv_cache_tokens=most * length,
-            max_num_batched_tokens=64 if is_dry else 2048,
-            lookahead="fixed",
-            enforce_eager=True,
-            enable_prefix_caching=False,
-            synthetic_acceptance_rates=pair.rates,
-        )
+    return EngineConfig(
+        verifier=str(folder / "verifier"),
+        drafters={
+            "mtp": {
+                "model": str(folder / "assistant"),
+                "num_speculative_tokens": len(pair.rates),
+            }
+        },
+        max_num_seqs=most,
+        max_model_len=length,
+        kv_cache_tokens=most * length,
+        max_num_batched_tokens=64 if is_dry else 2048,
+        lookahead="fixed",
+        enable_prefix_caching=False,
+        synthetic_acceptance_rates=pair.rates,
     )
 
 
@@ -197,7 +238,7 @@ def measure(engine: Engine, drafter: str, concurrency: int, is_dry: bool) -> dic
     """One answer for each of the sequences that run at once."""
     length, num_tokens = (10, 8) if is_dry else (_PROMPT, _ANSWER)
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    prompts = [[3 + (7 * number + n) % 300 for n in range(length)] for number in range(concurrency)]
+    prompts = _prompts(concurrency, length)
     warm = dataclasses.replace(params, max_tokens=4)
     closed_loop(engine, prompts, warm, drafter, concurrency)
     done = closed_loop(engine, prompts, params, drafter, concurrency)
@@ -207,5 +248,46 @@ def measure(engine: Engine, drafter: str, concurrency: int, is_dry: bool) -> dic
         "tokens_per_second": written / done.seconds,
         "tokens_a_step_each": written / done.num_steps / concurrency,
         **phases,
+        **programs(engine, drafter, prompts, params),
     }
     return {name: round(value, 2) for name, value in found.items()}
+
+
+def programs(
+    engine: Engine, drafter: str, prompts: list[list[int]], params: SamplingParams
+) -> dict[str, float]:
+    """Milliseconds of what a step in the middle of all answers launches, each by itself."""
+    round_ = engine.round
+    assert isinstance(round_, DeviceRound)
+    sequences = [engine.make_sequence(prompt, params, drafter=drafter) for prompt in prompts]
+    for sequence in sequences:
+        engine.add(sequence)
+    while any(not sequence.is_decoding for sequence in sequences):
+        engine.step()
+    with torch.inference_mode():
+        batch = engine.schedule()
+        depth = max(scheduled.num_draft_tokens for scheduled in batch)
+        engine.draft(batch)
+        size, launched = round_.size, round_.programs
+        verified = launched.verify(size)
+        found = {
+            "rows": float(size.num_rows),
+            "ms_verify_program": 1e3 * seconds(lambda: launched.verify(size)),
+            "ms_accept_program": 1e3 * seconds(lambda: launched.accept(size, verified)),
+            "ms_draft_program": 0.0,
+        }
+        if depth:
+            found["ms_draft_program"] = 1e3 * seconds(lambda: launched.draft(0, len(batch), depth))
+    for sequence in sequences:
+        engine.cancel(sequence)
+    engine.step()
+    return found
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The median of some runs, with nothing of the last one in the caches."""
+    if torch.cuda.is_available():
+        return float(triton.testing.do_bench(work, warmup=10, rep=50, return_mode="median")) / 1e3
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cuda_wing import FakeGraph, HostTools, QuickTools, QuickWing, cuda_wing
 from doubles import finish, plain, prompt_of
-from tandem import Engine, SamplingParams
+from tandem import ConfigError, Engine, SamplingParams
 from tandem.rounds.device import DeviceRound
 from tandem.rounds.staging import Staging
 from tiny_engines import Engines
@@ -111,7 +111,7 @@ def programs_of(engine: Engine) -> list[Callable[[], object]]:
     """A round of the batch that was sent last, program by program."""
     round_ = engine.round
     assert isinstance(round_, DeviceRound)
-    programs, size = round_._programs, round_._size
+    programs, size = round_.programs, round_.size
     return [
         lambda: programs.draft(0, 3, 4),
         lambda: programs.accept(size, programs.verify(size)),
@@ -241,3 +241,16 @@ def test_steps_are_a_few_graphs(engines: Engines) -> None:
                 if decodes:
                     assert 2 <= tools.num_replays - before <= most
             assert [s.output_ids for s in sequences] == expected, drafter
+
+
+def test_no_memory_for_graphs_says_what_to_change(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory while graphs are made is an error of the configuration."""
+
+    def graph(tools: HostTools, run: Callable[[], Any]) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(QuickTools, "graph", graph)
+    with cuda_wing(QuickWing), pytest.raises(ConfigError, match="lower gpu_memory_utilization"):
+        engines.make("llama", enforce_eager=False)

@@ -132,18 +132,21 @@ class CUDAWing:
     ) -> int:
         """Bytes for the KV cache: what the weights and the largest pass leave.
 
+        Graphs have memory of their own: as much as the largest pass, at most.
+
         Args:
             wanted: of use where the memory is not all for this process.
             utilization: the share of the GPU's memory that this process may fill.
             largest_pass: runs it.
         """
+        before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         largest_pass()
         free, total = torch.cuda.mem_get_info(self._device)
         outside = total - free - torch.cuda.memory_reserved(self._device)
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.empty_cache()
-        return max(0, int(total * utilization) - outside - peak)
+        return max(0, int(total * utilization) - outside - peak - (peak - before))
 
 
 def _fuse_norms(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from tandem.drafters.combined import CombinedDrafter
 from tandem.drafters.drafter import Drafter, DraftRequest
 from tandem.drafters.mtp import MTPDrafter
 from tandem.drafters.rounds import propose
+from tandem.errors import ConfigError
 from tandem.lookahead.lookahead import Lookahead
 from tandem.models.verifier import Verifier, VerifierOutput
 from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
@@ -38,7 +39,12 @@ from tandem.wing import RoundTools
 
 
 class DeviceRound(Round):
-    """Rounds of a wing whose kernels read the block pool and sample."""
+    """Rounds of a wing whose kernels read the block pool and sample.
+
+    Attributes:
+        programs: what is launched.
+        size: of the pass that was sent last.
+    """
 
     def __init__(
         self,
@@ -55,6 +61,9 @@ class DeviceRound(Round):
             drafters: by name; assistants among them draft on the device, the others on the host.
             eos_token_ids: the verifier's.
             tools: of the wing.
+
+        Raises:
+            ConfigError: graphs find no memory.
         """
         self._head = verifier.head
         self._drafters = drafters
@@ -66,11 +75,11 @@ class DeviceRound(Round):
         models = [model for model in map(_model_of, drafters.values()) if model is not None]
         self._numbers = {model: number for number, model in enumerate(dict.fromkeys(models))}
         most = min(state.num_slots * (1 + state.max_drafts), config.max_num_batched_tokens)
-        self._programs = Programs(verifier, list(self._numbers), state, tools, most)
+        self.programs = Programs(verifier, list(self._numbers), state, tools, most)
         # --- of the round that is going on
         self._order: list[ScheduledSequence] = []
         self._models: dict[ScheduledSequence, int] = {}
-        self._size = PassSize(0, 0)
+        self.size = PassSize(0, 0)
         self._verified: Verified | None = None
         self._lookahead = Lookahead()
         self._started = 0.0
@@ -78,7 +87,13 @@ class DeviceRound(Round):
         self._marks = [tools.mark() for _ in range(3)]
         if not config.enforce_eager:
             self._send([], 0)
-            self._programs.capture()
+            try:
+                self.programs.capture()
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    "CUDA graphs find no memory: lower gpu_memory_utilization, so that the KV "
+                    "cache leaves some, lower max_num_seqs, or set enforce_eager"
+                ) from error
 
     # --- the phases
 
@@ -102,7 +117,7 @@ class DeviceRound(Round):
             self._lookahead = Lookahead()
             self._send(batch, sum(s.num_draft_tokens for s in batch))
         self._tools.record(self._marks[1])
-        self._verified = verified = self._programs.verify(self._size)
+        self._verified = verified = self.programs.verify(self.size)
         return VerifierOutput(verified.states, self._head, verified.logits)
 
     def accept(
@@ -110,7 +125,7 @@ class DeviceRound(Round):
     ) -> list[Verdict | None]:
         """See `Round.accept`; here is the one read of the step."""
         assert self._verified is not None
-        self._programs.accept(self._size, self._verified)
+        self.programs.accept(self.size, self._verified)
         self._tools.record(self._marks[2])
         self._state.results.receive()
         self._take_drafts()
@@ -190,12 +205,12 @@ class DeviceRound(Round):
         self._order = order = sorted(batch, key=lambda s: not _needs_host(s))
         num_known = sum(s.num_tokens for s in order)
         num_sampled = sum(s.yields_token for s in order) + num_drafts
-        self._size = self._programs.pass_size(num_known + num_drafts, num_sampled)
+        self.size = self.programs.pass_size(num_known + num_drafts, num_sampled)
         state, sequences = self._state, [s.sequence for s in order]
         slots = self._slots.assign(sequences)
         write_lines(state, order, slots, self._models, self._lookahead, self._rates)
         # Rows that a size has too many are given to drafts.
-        state.inputs.host["num_rows"][0] = self._size.num_rows - num_known
+        state.inputs.host["num_rows"][0] = self.size.num_rows - num_known
         changes = self._slots.changes(sequences)
         while len(changes) > MAX_CHANGES:
             state.write_changes(changes[:MAX_CHANGES])
@@ -217,7 +232,7 @@ class DeviceRound(Round):
             ]
             if asked:
                 places, depths = zip(*asked, strict=True)
-                self._programs.draft(model, max(places) + 1, max(depths))
+                self.programs.draft(model, max(places) + 1, max(depths))
 
     def _read_guesses(self) -> None:
         """Reads the guesses that a grammar or a penalty has to know before they are verified."""
