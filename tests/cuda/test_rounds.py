@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cuda_wing import FakeGraph, HostTools, QuickTools, QuickWing, cuda_wing
-from doubles import finish, plain, prompt_of
+from doubles import finish, plain, prompt_of, tokens_of
 from tandem import ConfigError, Engine, SamplingParams
 from tandem.rounds.device import DeviceRound
 from tandem.rounds.staging import Staging
@@ -254,3 +254,29 @@ def test_no_memory_for_graphs_says_what_to_change(
     monkeypatch.setattr(QuickTools, "graph", graph)
     with cuda_wing(QuickWing), pytest.raises(ConfigError, match="lower gpu_memory_utilization"):
         engines.make("llama", enforce_eager=False)
+
+
+PLAIN = {"max_tokens": 10, "ignore_eos": True}
+PARAMS = [
+    SamplingParams(temperature=0.0, **PLAIN),
+    SamplingParams(temperature=0.8, seed=1, top_k=30, top_p=0.9, **PLAIN),
+    SamplingParams(temperature=1.2, seed=2, min_p=0.05, logprobs=2, **PLAIN),
+    SamplingParams(temperature=0.0, repetition_penalty=1.4, **PLAIN),
+    SamplingParams(temperature=0.7, seed=3, presence_penalty=1.5, logit_bias={7: 4.0}, **PLAIN),
+    SamplingParams(temperature=0.7, seed=4, frequency_penalty=0.8, min_tokens=6, max_tokens=10),
+]
+
+
+def test_both_wings_write_the_same(engines: Engines) -> None:
+    """Alone and together, what the host samples and what the device does, with prefix hits."""
+    settings = {"mtp": True, "enable_prefix_caching": True, "max_num_batched_tokens": 48}
+    requests = [(prompt_of(41 + number), each) for number, each in enumerate(PARAMS)]
+    expected = plain(engines("gemma-4-31B", **settings), requests)
+    with cuda_wing(QuickWing):
+        engine = engines.make("gemma-4-31B", **settings)
+        assert isinstance(engine.round, DeviceRound)
+        for drafter in ("none", "mtp", "ngram+mtp"):
+            for each, tokens in zip(requests, expected, strict=True):
+                assert tokens_of(engine, [each], drafter=drafter) == [tokens]
+            assert tokens_of(engine, requests, drafter=drafter) == expected
+        assert engine.stats.num_prefix_cache_hits > 0

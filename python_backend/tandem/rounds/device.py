@@ -4,8 +4,8 @@ The host sends who takes part and what changed in one copy, launches what drafts
 accepts, and reads tokens and counts in one copy. What lies behind the last real row of a size is
 computed for nobody.
 
-What the host has to see before tokens are chosen (penalties, bans, grammars, log probabilities)
-comes first in the row, and is sampled by the host from the same pass.
+What the host has to see before tokens are chosen (grammars, bad words, log probabilities) comes
+first in the row, and is sampled by the host from the same pass.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tandem.errors import ConfigError
 from tandem.lookahead.lookahead import Lookahead
 from tandem.models.verifier import Verifier, VerifierOutput
 from tandem.requests.sequence import Draft, ScheduledSequence, Sequence
+from tandem.rounds.adjusting import columns_of, is_adjusted_here
 from tandem.rounds.lines import write_lines
 from tandem.rounds.programs import PassSize, Programs, Verified
 from tandem.rounds.round import Round
@@ -80,6 +81,7 @@ class DeviceRound(Round):
         self._order: list[ScheduledSequence] = []
         self._models: dict[ScheduledSequence, int] = {}
         self.size = PassSize(0, 0)
+        self._adjusts = False
         self._verified: Verified | None = None
         self._lookahead = Lookahead()
         self._started = 0.0
@@ -125,12 +127,12 @@ class DeviceRound(Round):
     ) -> list[Verdict | None]:
         """See `Round.accept`; here is the one read of the step."""
         assert self._verified is not None
-        self.programs.accept(self.size, self._verified)
+        self.programs.accept(self.size, self._verified, adjusts=self._adjusts)
         self._tools.record(self._marks[2])
         self._state.results.receive()
         self._take_drafts()
         self._lookahead.settle(batch)
-        seen = [s for s in self._order if _needs_host(s) and s.yields_token]
+        seen = [s for s in self._order if self._needs_host(s) and s.yields_token]
         selections = select(output, seen, self._eos_token_ids) if seen else {}
         tokens = self._state.results.host["tokens"].tolist()
         found: dict[ScheduledSequence, Verdict] = {}
@@ -176,6 +178,12 @@ class DeviceRound(Round):
         """See `Round.seconds`."""
         return self._seconds
 
+    def _needs_host(self, scheduled: ScheduledSequence) -> bool:
+        """Whether the host has to see logits before tokens are chosen."""
+        sequence = scheduled.sequence
+        is_plain = not is_adjusted(sequence) or is_adjusted_here(sequence, self._eos_token_ids)
+        return sequence.params.logprobs is not None or not is_plain
+
     # --- before the pass
 
     def _is_for_model(self, scheduled: ScheduledSequence) -> bool:
@@ -202,7 +210,7 @@ class DeviceRound(Round):
             num_drafts: draft tokens to be verified at most.
         """
         # What the host samples comes first, so that it knows which rows these are.
-        self._order = order = sorted(batch, key=lambda s: not _needs_host(s))
+        self._order = order = sorted(batch, key=lambda s: not self._needs_host(s))
         num_known = sum(s.num_tokens for s in order)
         num_sampled = sum(s.yields_token for s in order) + num_drafts
         self.size = self.programs.pass_size(num_known + num_drafts, num_sampled)
@@ -211,7 +219,8 @@ class DeviceRound(Round):
         write_lines(state, order, slots, self._models, self._lookahead, self._rates)
         # Rows that a size has too many are given to drafts.
         state.inputs.host["num_rows"][0] = self.size.num_rows - num_known
-        changes = self._slots.changes(sequences)
+        changes = state.in_tables(self._slots.changes(sequences))
+        changes += self._write_adjustments(order, slots)
         while len(changes) > MAX_CHANGES:
             state.write_changes(changes[:MAX_CHANGES])
             changes = changes[MAX_CHANGES:]
@@ -221,6 +230,26 @@ class DeviceRound(Round):
         state.write_changes(changes)
         self._tools.record(self._marks[0])
         state.inputs.send()
+
+    def _write_adjustments(
+        self, order: Items[ScheduledSequence], slots: Items[int]
+    ) -> list[tuple[int, int]]:
+        """Tells the device how logits are changed; cells of tokens that it needs for that."""
+        state, eos = self._state, self._eos_token_ids
+        changes: list[tuple[int, int]] = []
+        adjusted = [is_adjusted_here(s.sequence, eos) for s in order]
+        self._adjusts = any(adjusted)
+        if not self._adjusts:
+            return changes
+        sequences = [s.sequence for s in order]
+        for name, values in columns_of(sequences, eos).items():
+            state.adjustments.host[name][: len(order)] = values
+        state.adjustments.send()
+        for sequence, slot, is_here in zip(sequences, slots, adjusted, strict=True):
+            if is_here and self._slots.lacks_history(slot):
+                known = sequence.token_ids[: sequence.num_computed]
+                changes += state.in_history(slot, known)
+        return changes
 
     def _launch_drafts(self) -> None:
         """Lets each model guess, for all its sequences as far as for the one that goes furthest."""
@@ -239,7 +268,7 @@ class DeviceRound(Round):
         seen = [
             (place, scheduled)
             for place, scheduled in enumerate(self._order)
-            if scheduled in self._models and _needs_host(scheduled)
+            if scheduled in self._models and self._needs_host(scheduled)
         ]
         if not seen:
             return
@@ -300,9 +329,3 @@ def _model_of(drafter: Drafter) -> MTPDrafter | None:
     if isinstance(drafter, CombinedDrafter):
         drafter = drafter.model
     return drafter if isinstance(drafter, MTPDrafter) else None
-
-
-def _needs_host(scheduled: ScheduledSequence) -> bool:
-    """Whether the host has to see logits before tokens are chosen."""
-    sequence = scheduled.sequence
-    return sequence.params.logprobs is not None or is_adjusted(sequence)

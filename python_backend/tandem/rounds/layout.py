@@ -57,6 +57,7 @@ class Layout:
         places: whose they are, `[num_sampled]`.
         offsets: behind how many drafts, `[num_sampled]`.
         first: of the sampled rows, the first of each place.
+        owners: whose slot each row belongs to, `[num_rows]`.
     """
 
     token_ids: Tensor
@@ -67,6 +68,7 @@ class Layout:
     places: Tensor
     offsets: Tensor
     first: Tensor
+    owners: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def lay_out(
     Args:
         drafts: `[num_places, max_drafts]`.
         num_drafts: that are verified, `[num_places]`.
-        tables: block tables of each group and slot, `[num_groups, num_slots, max_blocks]`.
+        tables: block tables of each group and slot, `[num_groups, num_slots, max_blocks]`; the last
+            slot is nobody's.
         scratch: a slot of each group for what lies behind the last token.
     """
     counts = batch.num_known + num_drafts
@@ -136,6 +139,7 @@ def lay_out(
         places=owner,
         offsets=offsets,
         first=first_sampled,
+        owners=slot.where(exists, tables.shape[1] - 1),
     )
 
 

@@ -20,6 +20,7 @@ from tandem.models.attention import PackedRow
 from tandem.models.head import take_states
 from tandem.models.packed_pass import row_logits
 from tandem.models.verifier import Verifier
+from tandem.rounds.adjusting import adjust
 from tandem.rounds.layout import accepted, choose, lay_out, table_places
 from tandem.rounds.state import SAMPLING, DeviceState
 from tandem.sampling.sample import Guess
@@ -132,9 +133,14 @@ class Programs:
         """Chooses drafts, lays out the row, and runs the verifier over it."""
         return (self._verify.get(size) or partial(self._run_verify, size))()
 
-    def accept(self, size: PassSize, verified: Verified) -> None:
-        """Samples and matches, keeps states for the next round, and writes the results."""
-        (self._accept.get(size) or partial(self._run_accept, verified))()
+    def accept(self, size: PassSize, verified: Verified, *, adjusts: bool = False) -> None:
+        """Samples and matches, keeps states for the next round, and writes the results.
+
+        Args:
+            adjusts: whether requests change logits; then there is no graph.
+        """
+        run = None if adjusts else self._accept.get(size)
+        (run or partial(self._run_accept, verified, adjusts=adjusts))()
 
     def _run_draft(self, size: RoundSize) -> None:
         state, count = self._state, size.num_places
@@ -181,6 +187,8 @@ class Programs:
             cache.scratch_slots,
             *size,
         )
+        tokens, positions = layout.token_ids[0], layout.positions[0]
+        state.history[layout.owners, positions] = tokens.int()
         model = self._verifier.model
         logits = row_logits(
             model,
@@ -196,14 +204,17 @@ class Programs:
         where = layout.places, layout.offsets, layout.first
         return Verified(states, made, drafts, num_drafts, *where)
 
-    def _run_accept(self, verified: Verified) -> None:
+    def _run_accept(self, verified: Verified, *, adjusts: bool = False) -> None:
         states, logits, drafts, num_drafts, places, offsets, first = verified
         state, count = self._state, len(num_drafts)
         table = state.inputs.device
-        if logits is None:
-            logits = self._verifier.head.logits(states)
+        made = self._verifier.head.logits(states) if logits is None else logits
         positions = (table["start"] + table["num_known"])[places] + offsets
-        chosen = self._choose(logits, positions, places)
+        if adjusts:
+            own = {name: each[places] for name, each in state.adjustments.device.items()}
+            made = made.clone()
+            adjust(made, positions, state.history[table["slot"][places]], own)
+        chosen = self._choose(made, positions, places)
         depths = torch.arange(state.max_drafts + 1, device=states.device)
         rows = (first.unsqueeze(1) + depths).clamp(max=len(states) - 1)
         tokens = chosen[rows]

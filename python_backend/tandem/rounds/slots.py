@@ -20,6 +20,7 @@ class Slots:
         self._slots: dict[int, int] = {}  # by sequence; the one that has been given last is last
         self._free = list(range(num_slots))
         self._sent: list[list[list[int]]] = [[] for _ in range(num_slots)]
+        self._has_history = [False] * num_slots
 
     def assign(self, sequences: Items[Sequence]) -> list[int]:
         """The slot of each sequence of a round."""
@@ -29,11 +30,20 @@ class Slots:
                 slot = self._free.pop() if self._free else self._reclaim(present)
                 self._slots[sequence.id] = slot
                 self._sent[slot] = [[] for _ in range(self._num_groups)]
+                self._has_history[slot] = False
         return [self._slots[sequence.id] for sequence in sequences]
 
     def _reclaim(self, present: set[int]) -> int:
         unused = next(number for number in self._slots if number not in present)
         return self._slots.pop(unused)
+
+    def lacks_history(self, slot: int) -> bool:
+        """Whether a slot that was given anew needs to be told the tokens before this round, once.
+
+        All later ones pass through it.
+        """
+        lacks, self._has_history[slot] = not self._has_history[slot], True
+        return lacks
 
     def changes(self, sequences: Items[Sequence]) -> list[tuple[int, int, int, int]]:
         """What has changed in the block tables of a round since the device was told.

@@ -10,10 +10,11 @@ import torch
 from tandem.config import EngineConfig
 from tandem.lookahead.estimates import NUM_BINS
 from tandem.models.verifier import Verifier
+from tandem.rounds import adjusting
 from tandem.rounds.layout import Batch
 from tandem.rounds.staging import Staging
 
-# Changes of block tables that are sent with a round; more take copies of their own.
+# Changes of cells that are sent with a round; more take copies of their own.
 MAX_CHANGES = 1024
 # How a row is sampled.
 SAMPLING = ("seed", "temperature", "top_k", "top_p", "log_min_p")
@@ -28,10 +29,12 @@ class DeviceState:
             needs, the last known token, which model drafts (-1: none) how many tokens at most, how
             many drafts a coin keeps (-1: there is none), how tokens are sampled, drafts of the
             host, and what drafts are worth. Of the round: drafts that are verified at most, known
-            tokens, and what changed in the block tables.
+            tokens, and what changed in the cells.
         results: what it reads.
-        tables: block tables, `[num_groups, num_slots + 1, max_blocks]`; a part of `cells`. The last
-            slot and the last cell are nobody's.
+        adjustments: what requests change in logits, where one does; see `adjusting`.
+        tables: block tables, `[num_groups, num_slots + 1, max_blocks]`.
+        history: tokens, `[num_slots + 1, max_model_len + 1]`; complete where logits are changed.
+        cells: both of them, one behind the other. The last slot and the last cell are nobody's.
         hidden: the verifier's state behind the last token, `[num_slots + 1, hidden_size]`.
         guesses, confidences: of models on the device, `[num_slots, max_drafts]`.
     """
@@ -66,9 +69,21 @@ class DeviceState:
             _FLOATS,
             device,
         )
+        self.adjustments = Staging(
+            {
+                **dict.fromkeys((*adjusting.FLOATS, *adjusting.INTEGERS), column),
+                "biased": (slots, adjusting.MAX_BIASED),
+                "bias": (slots, adjusting.MAX_BIASED),
+                "banned": (slots, adjusting.MAX_BANNED),
+            },
+            frozenset({*adjusting.FLOATS, "bias"}),
+            device,
+        )
         shape = (len(cache.windows), slots + 1, -(-max_model_len // cache.block_size) + 1)
-        self.cells = torch.zeros(math.prod(shape) + 1, dtype=torch.int32, device=device)
-        self.tables = self.cells[:-1].view(shape)
+        sizes = math.prod(shape), (slots + 1) * (max_model_len + 1)
+        self.cells = torch.zeros(sum(sizes) + 1, dtype=torch.int32, device=device)
+        tables, history, _ = self.cells.split_with_sizes([*sizes, 1])
+        self.tables, self.history = tables.view(shape), history.view(slots + 1, -1)
         width = model.config.get_text_config().hidden_size
         self.hidden = torch.zeros(slots + 1, width, dtype=model.dtype, device=device)
         self.guesses = torch.zeros(slots, depth, dtype=torch.long, device=device)
@@ -85,15 +100,27 @@ class DeviceState:
             known=table["known"],
         )
 
-    def write_changes(self, changes: Items[tuple[int, int, int, int]]) -> None:
-        """Writes at most `MAX_CHANGES` of `Slots.changes` to what is sent."""
+    def in_tables(self, changes: Items[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
+        """Cells of `Slots.changes`, and what belongs there."""
         _, num_slots, max_blocks = self.tables.shape
+        return [
+            ((group * num_slots + slot) * max_blocks + index, block)
+            for group, slot, index, block in changes
+        ]
+
+    def in_history(self, slot: int, token_ids: Items[int]) -> list[tuple[int, int]]:
+        """Cells of a sequence's first tokens, and these."""
+        first = self.tables.numel() + slot * self.history.shape[1]
+        return list(enumerate(token_ids, start=first))
+
+    def write_changes(self, changes: Items[tuple[int, int]]) -> None:
+        """Writes at most `MAX_CHANGES` changes of cells to what is sent."""
         table = self.inputs.host["changes"]
         table[0] = len(self.cells) - 1
-        for number, (group, slot, index, block) in enumerate(changes):
-            table[:, number] = (group * num_slots + slot) * max_blocks + index, block
+        if changes:
+            table[:, : len(changes)] = list(zip(*changes, strict=True))
 
     def take_changes(self) -> None:
-        """On the device, writes what was sent to the block tables."""
+        """On the device, writes what was sent to its cells."""
         cells, blocks = self.inputs.device["changes"]
         self.cells.index_copy_(0, cells, blocks.int())
