@@ -46,7 +46,7 @@ class HostTools(RoundTools):
     def graph(self, run: Callable[[], T]) -> Callable[[], T]:
         return FakeGraph(run)
 
-    def synchronize(self) -> None:
+    def wait(self, mark: Any) -> None:
         pass
 
     def mark(self) -> Any:

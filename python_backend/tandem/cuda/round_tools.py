@@ -77,10 +77,6 @@ class RoundTools:
             self._pool = torch.cuda.graph_pool_handle()
         return CUDAGraph(run, self._pool)
 
-    def synchronize(self) -> None:
-        """Waits for what has been launched."""
-        torch.cuda.synchronize(self._device)
-
     def mark(self) -> torch.cuda.Event:
         """A place in the device's work, once it is recorded."""
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -88,6 +84,10 @@ class RoundTools:
     def record(self, mark: torch.cuda.Event) -> None:
         """Puts the mark behind what has been launched."""
         mark.record()
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """Waits until the device has come by the mark, if it was recorded at all."""
+        mark.synchronize()
 
     def seconds_between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
         """What the device took from one mark to another, both of them passed."""

@@ -87,6 +87,7 @@ class DeviceRound(Round):
         self._started = 0.0
         self._seconds: dict[str, float] = {}
         self._marks = [tools.mark() for _ in range(3)]
+        self._sent = tools.mark()
         if not config.enforce_eager:
             self._send([], 0)
             try:
@@ -215,6 +216,8 @@ class DeviceRound(Round):
         num_sampled = sum(s.yields_token for s in order) + num_drafts
         self.size = self.programs.pass_size(num_known + num_drafts, num_sampled)
         state, sequences = self._state, [s.sequence for s in order]
+        # What is being copied must not be written.
+        self._tools.wait(self._sent)
         slots = self._slots.assign(sequences)
         write_lines(state, order, slots, self._models, self._lookahead, self._rates)
         # Rows that a size has too many are given to drafts.
@@ -224,12 +227,16 @@ class DeviceRound(Round):
         while len(changes) > MAX_CHANGES:
             state.write_changes(changes[:MAX_CHANGES])
             changes = changes[MAX_CHANGES:]
-            state.inputs.send()
+            self._copy()
             state.take_changes()
-            self._tools.synchronize()  # what is being copied must not be written
+            self._tools.wait(self._sent)
         state.write_changes(changes)
         self._tools.record(self._marks[0])
-        state.inputs.send()
+        self._copy()
+
+    def _copy(self) -> None:
+        self._state.inputs.send()
+        self._tools.record(self._sent)
 
     def _write_adjustments(
         self, order: Items[ScheduledSequence], slots: Items[int]
@@ -285,7 +292,7 @@ class DeviceRound(Round):
             scheduled.num_draft_tokens = host["limit"][place] = len(draft.token_ids)
             # The host knows which rows these are, so all of them stay.
             host["gains"][place] = 1
-        self._state.inputs.send()
+        self._copy()
 
     # --- behind the pass
 
