@@ -210,7 +210,7 @@ class DeviceRound(Round):
         Args:
             num_drafts: draft tokens to be verified at most.
         """
-        # What the host samples comes first, so that it knows which rows these are.
+        # What the host samples comes first, so that its rows are the first that are sampled.
         self._order = order = sorted(batch, key=lambda s: not self._needs_host(s))
         num_known = sum(s.num_tokens for s in order)
         num_sampled = sum(s.yields_token for s in order) + num_drafts
@@ -271,11 +271,11 @@ class DeviceRound(Round):
                 self.programs.draft(model, max(places) + 1, max(depths))
 
     def _read_guesses(self) -> None:
-        """Reads the guesses that a grammar or a penalty has to know before they are verified."""
+        """Reads the guesses for sequences with a grammar, which may forbid some."""
         seen = [
             (place, scheduled)
             for place, scheduled in enumerate(self._order)
-            if scheduled in self._models and self._needs_host(scheduled)
+            if scheduled in self._models and scheduled.sequence.grammar is not None
         ]
         if not seen:
             return
@@ -286,12 +286,9 @@ class DeviceRound(Round):
         for place, scheduled in seen:
             draft = Draft(guesses[place], confidences[place]).first(scheduled.num_draft_tokens)
             grammar = scheduled.sequence.grammar
-            if grammar is not None:
-                draft = draft.first(grammar.num_valid(draft.token_ids))
-            scheduled.draft = draft
+            assert grammar is not None
+            scheduled.draft = draft = draft.first(grammar.num_valid(draft.token_ids))
             scheduled.num_draft_tokens = host["limit"][place] = len(draft.token_ids)
-            # The host knows which rows these are, so all of them stay.
-            host["gains"][place] = 1
         self._copy()
 
     # --- behind the pass
