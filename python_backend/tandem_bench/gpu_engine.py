@@ -58,7 +58,8 @@ class Pair:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-def _layers(count: int, period: int) -> list[str]:
+def layer_types(count: int, period: int) -> list[str]:
+    """The last of each period has no window."""
     kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
     return [kinds[number % period] for number in range(count)]
 
@@ -74,7 +75,7 @@ PAIRS = (
             "num_key_value_heads": 1,
             "sliding_window": 512,
             "num_hidden_layers": 35,
-            "layer_types": _layers(35, 5),
+            "layer_types": layer_types(35, 5),
             "num_kv_shared_layers": 20,
             "use_double_wide_mlp": True,
             "hidden_size_per_layer_input": 256,
@@ -98,7 +99,7 @@ PAIRS = (
             "attention_k_eq_v": True,
             "sliding_window": 1024,
             "num_hidden_layers": 12,
-            "layer_types": _layers(12, 6),
+            "layer_types": layer_types(12, 6),
             "final_logit_softcapping": 30.0,
         },
         {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 32},
@@ -107,8 +108,9 @@ PAIRS = (
         "acceptance of a published mean length",
     ),
 )
-_TINY: dict[str, Any] = {
+TINY: dict[str, Any] = {
     "vocab_size": 384,
+    "vocab_size_per_layer_input": 384,
     "hidden_size": 32,
     "intermediate_size": 48,
     "head_dim": 16,
@@ -116,6 +118,7 @@ _TINY: dict[str, Any] = {
     "sliding_window": 24,
     "num_attention_heads": 4,
 }
+TINY_CHANGES = {"num_centroids": 24, "centroid_intermediate_top_k": 6}
 
 
 def run(is_dry: bool) -> Iterator[tuple[str, dict[str, float]]]:
@@ -175,31 +178,8 @@ def _prompts(count: int, length: int) -> list[list[int]]:
 
 def save(pair: Pair, folder: Path, is_dry: bool) -> EngineConfig:
     """Writes checkpoints to `folder`; the configuration of an engine on them."""
-    tiny = _TINY if is_dry else {}
-    if is_dry:
-        tiny = {**tiny, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384}
-    config = Gemma4TextConfig(**{**pair.verifier, **tiny})
+    config, assistant = configs(pair, TINY if is_dry else {}, TINY_CHANGES if is_dry else {})
     _save(Gemma4ForCausalLM, config, folder / "verifier")
-    first = config.per_layer_config[0]
-    sizes = {
-        **pair.verifier,
-        **pair.assistant,
-        **tiny,
-        "num_hidden_layers": 4,
-        "layer_types": _layers(4, 4),
-        "num_kv_shared_layers": 4,
-        "num_key_value_heads": first.num_key_value_heads,
-        "use_double_wide_mlp": False,
-        "hidden_size_per_layer_input": 0,
-        "vocab_size_per_layer_input": 0,
-        "final_logit_softcapping": None,
-    }
-    changes = dict(pair.changes)
-    if is_dry:
-        changes |= {"num_centroids": 24, "centroid_intermediate_top_k": 6}
-    assistant = Gemma4AssistantConfig(
-        text_config=Gemma4TextConfig(**sizes), backbone_hidden_size=config.hidden_size, **changes
-    )
     _save(Gemma4AssistantForCausalLM, assistant, folder / "assistant")
     most = 2 if is_dry else max(_CONCURRENCIES)
     length = 64 if is_dry else 512
@@ -219,6 +199,39 @@ def save(pair: Pair, folder: Path, is_dry: bool) -> EngineConfig:
         enable_prefix_caching=False,
         synthetic_acceptance_rates=pair.rates,
     )
+
+
+def configs(
+    pair: Pair, sizes: dict[str, Any], changes: dict[str, Any]
+) -> tuple[Gemma4TextConfig, Gemma4AssistantConfig]:
+    """The configurations of a verifier and its assistant.
+
+    Args:
+        sizes: in place of the pair's, for both.
+        changes: the same for the assistant's head.
+    """
+    config = Gemma4TextConfig(**{**pair.verifier, **sizes})
+    text_config = Gemma4TextConfig(
+        **{
+            **pair.verifier,
+            **pair.assistant,
+            **sizes,
+            "num_hidden_layers": 4,
+            "layer_types": layer_types(4, 4),
+            "num_kv_shared_layers": 4,
+            "num_key_value_heads": config.per_layer_config[0].num_key_value_heads,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "final_logit_softcapping": None,
+        }
+    )
+    assistant = Gemma4AssistantConfig(
+        text_config=text_config,
+        backbone_hidden_size=config.hidden_size,
+        **{**pair.changes, **changes},
+    )
+    return config, assistant
 
 
 def _save(kind: Any, config: Any, folder: Path) -> None:

@@ -11,69 +11,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cuda_wing import FakeGraph, HostTools, QuickTools, QuickWing, cuda_wing
 from doubles import finish, plain, prompt_of, tokens_of
 from tandem import ConfigError, Engine, SamplingParams
 from tandem.rounds.device import DeviceRound
 from tandem.rounds.staging import Staging
+from tandem_bench.launches import Launches
 from tiny_engines import Engines
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="graphs hold it there or fail")
-# What reads a value back, or has a shape that depends on data: neither can be in a CUDA graph.
-FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "item", "is_nonzero"}
-# No work on a device.
-FREE = {"empty", "new_empty", "empty_like", "detach", "lift_fresh", "view", "_unsafe_view", "to"}
 SAMPLED = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, seed=1, ignore_eos=True)
 GREEDY = replace(SAMPLED, temperature=0.0, top_p=1.0)
-
-
-class Recorded(TorchDispatchMode):
-    """Notes what is launched, and refuses what a CUDA graph can't hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: list[tuple[str, tuple[Any, ...]]] = []
-        self.read: list[str] = []
-        self.outside: set[int] = set()  # storages that were there before
-        self._made: dict[int, Tensor] = {}  # kept, so that no address is given twice
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in FORBIDDEN:
-            self.read.append(name)
-        if name in ("index", "index_put_"):
-            dtypes = [i.dtype for i in args[1] if i is not None]
-            assert torch.bool not in dtypes, "indexed by a mask"
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        for tensor in tensors:
-            address = tensor.untyped_storage().data_ptr()
-            if address not in self._made:
-                self.outside.add(address)
-        result = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        for tensor in made:
-            address = tensor.untyped_storage().data_ptr()
-            if address not in self.outside:
-                self._made[address] = tensor
-        if not func.is_view and name not in FREE:
-            self.launches.append((name, tuple(tuple(t.shape) for t in (*tensors, *made))))
-        return result
-
-    def note(self, name: str, *tensors: Tensor) -> None:
-        self.launches.append((name, tuple(tuple(t.shape) for t in tensors)))
-
-    @property
-    def counts(self) -> Counter[str]:
-        return Counter(name for name, _ in self.launches)
 
 
 class NotedTools(HostTools):
     """Kernels that are noted and not run: in the interpreter they'd be torch's operations."""
 
-    recorded: Recorded | None = None
+    recorded: Launches | None = None
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(self._attend, device)  # type: ignore[arg-type]
@@ -97,11 +52,11 @@ class NotedWing(QuickWing):
 
 
 @contextmanager
-def recording(engine: Engine) -> Iterator[Recorded]:
+def recording(engine: Engine) -> Iterator[Launches]:
     assert isinstance(engine.round, DeviceRound)
     tools = engine.round._tools
     assert isinstance(tools, NotedTools)
-    with Recorded() as recorded:
+    with Launches() as recorded:
         tools.recorded = recorded
         yield recorded
     tools.recorded = None
@@ -164,7 +119,7 @@ def test_a_step_reads_once_and_nothing_in_its_programs(
             steps += 1
             assert copies == {"send": 1, "receive": 1}
     assert steps > 2
-    assert recorded.read == []
+    assert recorded.refused == []
     assert recorded.counts["find_maxima"] > 0
 
 
@@ -184,7 +139,7 @@ def test_programs_launch_the_same_from_the_same_places(
         for program in programs_of(noted):
             with recording(noted) as recorded:
                 program()
-            assert recorded.read == []
+            assert recorded.refused == []
             each.append((recorded.launches, recorded.outside))
         found.append(each)
         for sequence in list(noted.scheduler.running):
