@@ -148,12 +148,14 @@ def test_every_twentieth_text_is_held_out() -> None:
     assert held_out == [19, 39, 59]
 
 
+@pytest.mark.slow
 def test_text_files_are_added_once(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("Tandem bicycles have two saddles. " * 10)
-    options = ["--num-sequences", "2", "--sequence-length", "32", "--text", str(file)]
+    options = ["--num-sequences", "2", "--sequence-length", "32", "--dtype", "float32"]
+    options += ["--text", str(file)]
     for _ in range(2):
         found = run_here(
             monkeypatch, "generate", tiny.verifier("llama"), tmp_path / "work", *options
