@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Tiny products gain nothing from a second thread, here and in what tests start; where several such
+# processes share a few cores, threads that wait for one another would take most of the time.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Without a GPU, kernels in the Triton language run in its interpreter; it asks when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not Path("/dev/nvidiactl").exists())))
 
@@ -13,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings
 from transformers.utils import logging
 
@@ -22,11 +24,11 @@ from tandem_runtime import tools
 from tiny_engines import Engines, TinyModels
 from tiny_models import VERIFIERS
 
-# Tiny products gain nothing from a second thread.
-torch.set_num_threads(1)
 logging.disable_progress_bar()
 settings.register_profile("tandem", deadline=None, derandomize=True, database=None)
 settings.load_profile("tandem")
+# The check of a GPU runs tests, and is itself run by one.
+_WITHIN_A_TEST = "PYTEST_CURRENT_TEST" in os.environ
 # A job in a shell's background ignores SIGINT, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -66,6 +68,9 @@ def find_tool(pytestconfig: pytest.Config) -> Callable[[str], str]:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Costs measured in tests are none of the user's."""
+    if _WITHIN_A_TEST:  # that of the session around it, where the operators are compiled already
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tandem import Engine
-from tandem_bench import exactness, figures, report, tables, windows
+from tandem_bench import exactness, figures, invariance, profile, report, tables, windows
 from tandem_bench.arrivals import poisson
 from tandem_bench.figures import Trace
 from tandem_bench.invariance import DTYPES, TEMPERATURES, Job, compare, ways
@@ -172,14 +172,23 @@ def bench(part: str, directory: Path, *options: str) -> list[str]:
 @pytest.mark.slow
 def test_answers_are_compared_in_every_way(tiny: TinyModels, tmp_path: Path) -> None:
     write_model(tiny, tmp_path)
-    subprocess.run(bench("invariance", tmp_path), check=True, timeout=300)
+    invariance.run(
+        Settings(
+            tmp_path / "model.json",
+            tmp_path / "out",
+            num_prompts=2,
+            max_tokens=6,
+            concurrencies=(1, 2),
+            drafters=("none", "ngram"),
+        )
+    )
     cells = read(tmp_path / "out" / "invariance.json")["cells"]
     tried = [f"{way.name}, temperature {t:g}" for way in ways(["ngram"], 1) for t in TEMPERATURES]
     assert list(cells) == list(DTYPES)
     for cell in cells.values():
         assert list(cell) == tried
         assert {(way["same"], way["answers"]) for way in cell.values()} == {(2, 2)}
-    subprocess.run(bench("report", tmp_path), check=True, timeout=300)
+    report.run(tmp_path / "out", readme=False)
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| preempted, temperature 0.8 | 2/2 same | 2/2 same |" in text
 
@@ -249,8 +258,16 @@ def test_windows_save_memory(
 @pytest.mark.slow
 def test_a_profile_is_the_median_of_its_rounds(tiny: TinyModels, tmp_path: Path) -> None:
     write_model(tiny, tmp_path)
-    options = ["--rounds", "3", "--drafters", "ngram", "-c", "1"]
-    subprocess.run(bench("profile", tmp_path, *options), check=True, timeout=300)
+    profile.run(
+        Settings(
+            tmp_path / "model.json",
+            tmp_path / "out",
+            num_prompts=2,
+            max_tokens=6,
+            concurrencies=(1,),
+            drafters=("ngram",),
+        )
+    )
     cell = read(tmp_path / "out" / "profile.json")["cells"]["ngram c1"]
     share = cell["share_outside_products"]
     assert share == pytest.approx(1 - cell["products_ms"] / cell["step_ms"], abs=0.01)

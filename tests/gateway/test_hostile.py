@@ -20,7 +20,7 @@ import attackers
 from attackers import ATTACKS, MIB
 from gateway_setup import KEY, TIMEOUT, FakeTriton, ask, fake_triton, wait_until
 
-SECONDS = float(os.environ.get("HOSTILE_SECONDS", "2.5"))
+SECONDS = float(os.environ.get("HOSTILE_SECONDS", "1.5"))
 
 pytestmark = pytest.mark.slow
 

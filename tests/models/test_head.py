@@ -55,7 +55,8 @@ def test_a_model_that_changes_its_logits_keeps_the_head(
         )
     )
     path = save_model(model, tmp_path / "granite")
-    engine = Engine(EngineConfig(str(path), dtype="float32", max_num_seqs=2))
+    config = EngineConfig(str(path), dtype="float32", max_num_seqs=2, enforce_eager=True)
+    engine = Engine(config)
     assert not engine.verifier.head.is_deferred
     reference = GraniteForCausalLM.from_pretrained(path, dtype=torch.float32).to(DEVICE).eval()
     expected = last_logits(reference)

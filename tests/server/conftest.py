@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from repositories import MAX_MODEL_LEN, SETTINGS, write_repository
 from tandem import Engine, EngineConfig
+from tandem.cpu.kernels.build import operator_library
 from tandem_fleet.local import Pod
 from tandem_runtime.server import TritonServer
 from tiny_models import save_verifier
@@ -61,8 +63,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory, tiny_verifier: Path) ->
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
-    """A server that all tests share."""
-    with TritonServer(repository) as server:
+    """A server that all tests share, with as many threads as it takes by itself."""
+    operator_library()  # once, and not by three models at a time
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("OMP_NUM_THREADS")
+            server = stack.enter_context(TritonServer(repository))
         yield server
 
 

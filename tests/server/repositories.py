@@ -24,7 +24,7 @@ def write_repository(
     directory: Path,
     verifier: Path,
     name: str = "tandem",
-    max_queue_size: int = 128,
+    max_queue_size: int | str = 128,
     max_batch_size: int = 8,
     **settings: Any,
 ) -> Path:

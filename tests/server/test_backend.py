@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import requests
 
+from repositories import write_repository
 from stream import TIMEOUT, Stream, metric, wait_until
 from tandem import Engine, SamplingParams
 from tandem_runtime.server import EXIT_TIMEOUT_SECONDS, ServerError, TritonServer
@@ -131,7 +133,7 @@ def test_32_clients_against_8_slots_share_steps(server: TritonServer, engine: En
 def test_with_a_core_to_spare_responses_leave_during_the_steps(
     private_repository: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert os.environ["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
     with TritonServer(private_repository) as server:
         check_32_clients(server, engine)
@@ -316,17 +318,15 @@ def test_shutdown_ends_every_stream(private_repository: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_wrong_model_json_says_what_is_allowed(private_repository: Path) -> None:
-    path = private_repository / "tandem/1/model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"verifer": "x"}))
-    with pytest.raises(ServerError, match="unknown key 'verifer'; allowed: verifier, dtype"):
-        TritonServer(private_repository).__enter__()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["many", "-1", "inf"])
-def test_a_wrong_queue_size_is_named(private_repository: Path, size: str) -> None:
-    path = private_repository / "tandem/config.pbtxt"
-    path.write_text(path.read_text().replace('"128"', f'"{size}"'))
-    with pytest.raises(ServerError, match=f"max_queue_size must be a number from 0, got '{size}'"):
-        TritonServer(private_repository).__enter__()
+def test_what_is_wrong_with_each_model_is_named(tmp_path: Path, tiny_verifier: Path) -> None:
+    """A key of model.json, and sizes of queues, in one repository."""
+    sizes = ("many", "-1", "inf")
+    for size in sizes:
+        write_repository(tmp_path, tiny_verifier, f"size{size}", max_queue_size=size)
+    write_repository(tmp_path, tiny_verifier, "key", verifer="x")
+    with pytest.raises(ServerError) as failure:
+        TritonServer(tmp_path).__enter__()
+    said = str(failure.value)
+    assert "unknown key 'verifer'; allowed: verifier, dtype" in said
+    for size in sizes:
+        assert f"max_queue_size must be a number from 0, got '{size}'" in said

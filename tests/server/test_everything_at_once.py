@@ -27,13 +27,13 @@ from tandem_client import Client
 from tandem_runtime.server import TritonServer
 from test_faults import is_idle, stub_bytes
 
-SECONDS = float(os.environ.get("TANDEM_SIEGE_SECONDS", "20"))
+SECONDS = float(os.environ.get("TANDEM_SIEGE_SECONDS", "12"))
 NUM_STREAMS = 4
 OPTIONS: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 1.0}
 MIB = 2**20
 # For machines that do something else as well; with prompts read by the steps it was a minute.
 MAX_GAP_SECONDS = 10.0
-ALONE_SECONDS = 5.0
+ALONE_SECONDS = 3.0
 # 503 and UNAVAILABLE are a full queue's and a deadline's.
 FAIR = ("200", "400", "503", "cancelled", "UNAVAILABLE", "RequestTimeoutError", "done")
 

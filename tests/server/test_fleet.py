@@ -24,7 +24,7 @@ from tandem_fleet.local import Envoy, Pod, container
 pytestmark = pytest.mark.slow
 
 NUM_STREAMS = 200
-NUM_TOKENS = 600
+NUM_TOKENS = 300
 ENDLESS: dict[str, Any] = {"max_tokens": 12000, "ignore_eos": True, "temperature": 0.0}
 
 

@@ -25,6 +25,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from default_model import write_default_model
 from http_process import post_from_a_process
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
@@ -306,7 +307,7 @@ def test_an_absent_server_is_unavailable() -> None:
     assert "no server answers at 127.0.0.1:9" in answer.json()["error"]["message"]
 
 
-def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
+def test_the_chat_page(find_tool: Callable[[str], str], tmp_path: Path) -> None:
     """A text is continued in headless Chromium, by the default models; accepted text is tinted.
 
     It writes the documentation's screenshot when SCREENSHOT=1.
@@ -317,7 +318,7 @@ def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
         options.add_argument(argument)
     service = webdriver.ChromeService(find_tool("chromedriver"))
     with (
-        TritonServer(ROOT / "model_repository") as server,
+        TritonServer(write_default_model(tmp_path)) as server,
         gateway(server, "tandem") as url,
         webdriver.Chrome(options=options, service=service) as browser,
     ):

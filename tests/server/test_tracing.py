@@ -51,7 +51,7 @@ class Collector(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1/traces"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
     with Collector() as collector:
         yield collector
@@ -63,13 +63,16 @@ def tracing(url: str) -> list[str]:
     return [f"--trace-config={setting}" for setting in settings]
 
 
-@pytest.fixture(params=["traced", "forwarded"])
+@pytest.fixture(scope="module", params=["traced", "forwarded"])
 def pod(
-    request: Any, tmp_path: Path, make_pod: Callable[..., Pod], collector: Collector
+    request: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_pod: Callable[..., Pod],
+    collector: Collector,
 ) -> Iterator[Pod]:
     """Triton makes spans of its own, or only forwards the header, as deployed."""
     extra_args = tracing(collector.url) if request.param == "traced" else ()
-    pod = make_pod(tmp_path, extra_args=extra_args)
+    pod = make_pod(tmp_path_factory.mktemp("pod"), extra_args=extra_args)
     try:
         pod.start()
         yield pod
@@ -77,11 +80,11 @@ def pod(
         pod.stop()
 
 
-@pytest.fixture
-def gateway(pod: Pod, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+@pytest.fixture(scope="module")
+def gateway(pod: Pod, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """The gateway's address and its log."""
     (port,) = free_ports(1)
-    log = tmp_path / "gateway.log"
+    log = tmp_path_factory.mktemp("gateway") / "gateway.log"
     command = [sys.executable, "-m", "tandem_gateway.cli", "--port", str(port)]
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -155,12 +158,20 @@ def test_a_request_has_one_id_and_one_trace(
 def test_the_client_names_the_trace(pod: Pod, gateway: tuple[str, Path]) -> None:
     url, _ = gateway
     body = {"model": "tandem", "prompt": "hello", "max_tokens": 1, "temperature": 0}
+    sent = set()
     for _ in range(_MANY):
-        requests.post(
+        answer = requests.post(
             f"{url}/v1/completions", json=body, headers={"traceparent": TRACEPARENT}, timeout=30
         )
-    wait_until(lambda: len(server_entries(pod)) == _MANY)
-    assert {entry["trace_id"] for entry in server_entries(pod)} == {TRACE}
+        sent.add(answer.json()["id"])
+    assert len(sent) == _MANY
+
+    def traces() -> dict[str, str]:
+        entries = server_entries(pod)
+        return {e["request_id"]: e["trace_id"] for e in entries if e["request_id"] in sent}
+
+    wait_until(lambda: traces().keys() == sent)
+    assert set(traces().values()) == {TRACE}
 
 
 def test_a_refused_request_is_logged_with_the_reason(pod: Pod) -> None:
