@@ -19,7 +19,7 @@ def test_a_dry_run_comes_to_its_end(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "scripts/gpu_check.py", "--output", tmp_path]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "1 passed" in found.stdout
+    assert "2 passed" in found.stdout
     assert "| tiny, full: 2 x 9 tokens at 50 |" in found.stdout
     assert "| tiny Gemma 4 E2B, mtp (acceptance assumed), 2 at a time |" in found.stdout
     assert list(tmp_path.iterdir()) == []
