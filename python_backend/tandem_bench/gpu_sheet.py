@@ -94,6 +94,7 @@ def page(found: dict[str, Any]) -> str:
         f"Code {settings['code']}, torch {settings['torch']}, transformers "
         f"{settings['transformers']}.\n",
     ]
+    text += ["Launches of a step with drafts:\n", counts_table(found)]
     text += ["Tokens a second, reckoned:\n", main_table(found)]
     for name, model in found["models"].items():
         text += [f"## {name}\n", *_model_page(model)]
@@ -133,6 +134,16 @@ def main_table(found: dict[str, Any]) -> str:
                     rows.append(row)
     columns = [f"{form}: {name}" for form in forms for name in ("none", "mtp", "ratio")]
     return table(["sequences", *columns], rows)
+
+
+def counts_table(found: dict[str, Any]) -> str:
+    """Launches of a step with drafts, by program."""
+    rows = []
+    for name, model in found["models"].items():
+        step = list(model["steps"].values())[-1]
+        counts = [sum(work["launches"].values()) for work in step["programs"].values()]
+        rows.append([name, *(f"{count:,}" for count in (*counts, step["launches"]))])
+    return table(["launches", "draft", "verify", "accept", "all"], rows)
 
 
 def _programs_table(model: dict[str, Any]) -> str:
