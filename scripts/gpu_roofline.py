@@ -16,7 +16,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 def main() -> int:
     """Reads the command line and writes the sheet."""
-    from tandem_bench.gpu_roofline import CONTEXT, run
+    from tandem_bench.gpu_roofline import CONTEXT
+    from tandem_bench.gpu_sheet import run
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter

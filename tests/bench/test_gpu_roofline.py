@@ -18,9 +18,11 @@ from tandem.cuda.attention import PagedAttention
 from tandem.models.checkpoint import load_model
 from tandem.rounds.device import DeviceRound
 from tandem_bench.gpu_engine import TINY, TINY_CHANGES, Pair, configs
-from tandem_bench.gpu_roofline import MODELS, run, small_sizes
+from tandem_bench.gpu_roofline import MODELS, small_sizes
+from tandem_bench.gpu_sheet import counts_table, main_table, run
 from tandem_bench.gpu_work import Work, launches_of, work_of
 from tandem_bench.meta_round import Load, MetaRound, fused, of_shape
+from tandem_runtime.paths import ROOT
 from tiny_engines import Engines, TinyModels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")
@@ -127,3 +129,10 @@ def test_the_sheet_comes_to_its_end(tmp_path: Path) -> None:
     for step in model["steps"].values():
         for card in step["cards"].values():
             assert card["ms"]["limit"] <= card["ms"]["graphs"] <= card["ms"]["eager"]
+
+
+def test_the_page_has_the_tables_of_the_sheet() -> None:
+    found = json.loads((ROOT / "benchmarks/gpu/roofline.json").read_text())
+    page = (ROOT / "docs/gpu.md").read_text()
+    assert counts_table(found) in page
+    assert main_table(found) in page
