@@ -183,12 +183,15 @@ def join_parts(
     tl.store(output + place, result / total, mask=has_element)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_inner"])
 def rms_norm(
-    rows,  # [num_rows, DIM]
-    output,
-    gain,  # [DIM], float32
+    rows,  # [num_outer, num_inner, DIM], with strides
+    output,  # [num_outer, num_inner, DIM]
+    gain,  # [DIM], float32, or None for ones
     eps,
+    num_inner,
+    outer_stride,
+    inner_stride,
     DIM: tl.constexpr,
     NUM_ELEMENTS: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -196,11 +199,13 @@ def rms_norm(
     """One row; with `ROUNDS` the quotient is rounded before it is multiplied."""
     elements = tl.arange(0, NUM_ELEMENTS)
     has_element = elements < DIM
-    place = tl.program_id(0).to(tl.int64) * DIM + elements
-    row = tl.load(rows + place, mask=has_element, other=0.0)
+    number = tl.program_id(0).to(tl.int64)
+    place = number // num_inner * outer_stride + number % num_inner * inner_stride
+    row = tl.load(rows + place + elements, mask=has_element, other=0.0)
     values = row.to(tl.float32)
-    quotient = values * tl.rsqrt(tl.sum(values * values, 0) / DIM + eps)
+    result = values * tl.rsqrt(tl.sum(values * values, 0) / DIM + eps)
     if ROUNDS:
-        quotient = quotient.to(row.dtype).to(tl.float32)
-    result = quotient * tl.load(gain + elements, mask=has_element, other=0.0)
-    tl.store(output + place, result.to(row.dtype), mask=has_element)
+        result = result.to(row.dtype).to(tl.float32)
+    if gain is not None:
+        result *= tl.load(gain + elements, mask=has_element, other=0.0)
+    tl.store(output + number * DIM + elements, result.to(row.dtype), mask=has_element)

@@ -14,21 +14,36 @@ class FusedRMSNorm(FusedNorm):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., dim]` to the same."""
-        rows = rows.contiguous()
-        output = rows.new_empty(rows.shape)
         dim = rows.shape[-1]
+        shaped = in_three_dimensions(rows)
+        output = rows.new_empty(rows.shape)
         num_elements = triton.next_power_of_2(dim)
         rms_norm[(rows.numel() // dim,)](
-            rows,
+            shaped,
             output,
             self._gain,
             self._form.eps,
+            shaped.shape[1],
+            shaped.stride(0),
+            shaped.stride(1),
             DIM=dim,
             NUM_ELEMENTS=num_elements,
             ROUNDS=self._form.rounds,
             num_warps=min(8, max(1, num_elements // 512)),
         )
         return output
+
+
+def in_three_dimensions(rows: Tensor) -> Tensor:
+    """`[..., dim]` as `[num_outer, num_inner, dim]` of contiguous rows, a copy only if need be."""
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if rows.dim() > 3:
+        # A packed row is a batch of one: its heads and tokens stay apart, whichever come first.
+        rows = rows.flatten(0, -3)
+    while rows.dim() < 3:
+        rows = rows.unsqueeze(0)
+    return rows
 
 
 def fuse_norms(model: nn.Module) -> None:
