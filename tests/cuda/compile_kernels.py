@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from tandem.cuda import attention, sampling, sampling_kernels
 from tandem.cuda.attention import Tiles
-from tandem.cuda.kernels import attend_parts, join_parts
+from tandem.cuda.kernels import attend_parts, gate, join_parts, rms_norm, rotate, write_kv
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Query heads that share a KV head, and the size of a head: Llama and Qwen; Gemma 3; Gemma 4 E2B and
@@ -53,12 +53,19 @@ _TYPES = {
     "chosen": "*i64",
     "winner_scores": "*fp32",
     "winners": "*i32",
+    "eps": "fp32",
+    "gain": "*fp32",
+    "slots": "*i64",
 }
+# Sizes of rows that norms read; of heads, also those that are rotated and written.
+_DIMS = (64, 80, 128, 256, 512, 640, 2560, 5376)
+_HEAD_DIMS = _DIMS[:5]
 
 
 def main() -> None:
     for target in map(int, sys.argv[1:]):
-        for name, found in itertools.chain(compiled(target), compiled_sampling(target)):
+        parts = compiled(target), compiled_layers(target), compiled_sampling(target)
+        for name, found in itertools.chain(*parts):
             print(json.dumps({"name": name, **found}))
 
 
@@ -91,6 +98,29 @@ def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield f"attend {name}", _compile(attend_parts, target, pointers, constants | tile, options)
         if not window and causal:
             yield f"join {name}", _compile(join_parts, target, pointers, constants, {})
+
+
+def compiled_layers(target: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """What layers do beside attention, in bfloat16."""
+    cases: list[tuple[Any, dict[str, Any], int]] = [
+        (gate, {"SIZE": 6144, "TILE": 1024, "IS_GELU": is_gelu}, 4) for is_gelu in (False, True)
+    ]
+    for dim in _DIMS:
+        size = {"NUM_ELEMENTS": triton.next_power_of_2(dim)}
+        num_warps = min(8, max(1, size["NUM_ELEMENTS"] // 512))
+        for rounds in (False, True):
+            cases.append((rms_norm, {"DIM": dim, "ROUNDS": rounds} | size, num_warps))
+        if dim in _HEAD_DIMS:
+            head = {"HEAD_DIM": dim} | size
+            cases.append((rms_norm, {"DIM": dim, "ROUNDS": False, "gain": None} | size, num_warps))
+            cases.append((rotate, head, 1 if dim <= 128 else 2))
+            cases.append((rotate, {"key": None, "key_output": None} | head, 1 if dim <= 128 else 2))
+            cases.append((write_kv, head, 1))
+    names = ("rows", "output", "query", "key", "cos", "sin", "query_output", "key_output", "joined")
+    kinds = dict.fromkeys((*names, "value", "keys", "values"), "bf16")
+    for kernel, constants, num_warps in cases:
+        found = _compile(kernel, target, kinds, constants, {"num_warps": num_warps})
+        yield f"{kernel.__name__} {constants}", found
 
 
 def compiled_sampling(target: int) -> Iterator[tuple[str, dict[str, int]]]:

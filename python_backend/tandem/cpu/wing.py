@@ -153,6 +153,9 @@ class CPUWing:
         """Attention over the pool in place, or None if there is none."""
         return attention_kernel(self._device, dtype)
 
+    def write_kv(self) -> None:
+        """There is nothing better than torch's operations."""
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tandem.cuda.kernels import attend_parts, join_parts
+from tandem.cuda.kernels import attend_parts, join_parts, write_kv
 
 # Programs that share the keys of a query: split `s` is read by program `s % _NUM_PARTS`.
 _NUM_PARTS = 8
@@ -154,3 +154,32 @@ class PagedAttention:
 def paged_attention(dtype: torch.dtype) -> PagedAttention | None:
     """The kernel, for types that it multiplies."""
     return PagedAttention() if dtype in _DTYPES else None
+
+
+def write_to_pool(
+    key_states: Tensor, value_states: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> None:
+    """Writes K and V `[1, num_kv_heads, num_tokens, head_dim]` in one launch.
+
+    Args:
+        keys, values: a layer's pool, `[num_slots, num_kv_heads, head_dim]`, contiguous.
+        slots: `[num_tokens]`.
+    """
+    _, num_kv_heads, num_tokens, head_dim = key_states.shape
+    if key_states.stride(3) != 1 or value_states.stride(3) != 1:
+        key_states, value_states = key_states.contiguous(), value_states.contiguous()
+    write_kv[(num_tokens, num_kv_heads)](
+        key_states,
+        value_states,
+        keys,
+        values,
+        slots,
+        num_kv_heads,
+        key_states.stride(2),
+        key_states.stride(1),
+        value_states.stride(2),
+        value_states.stride(1),
+        HEAD_DIM=head_dim,
+        NUM_ELEMENTS=triton.next_power_of_2(head_dim),
+        num_warps=1,
+    )

@@ -209,3 +209,102 @@ def rms_norm(
     if gain is not None:
         result *= tl.load(gain + elements, mask=has_element, other=0.0)
     tl.store(output + number * DIM + elements, result.to(row.dtype), mask=has_element)
+
+
+@triton.jit
+def rotate(
+    query,  # [num_tokens, num_heads, HEAD_DIM], with strides
+    key,  # the same of its own heads, or None
+    cos,  # [num_tokens, HEAD_DIM], with a stride
+    sin,
+    query_output,  # [num_tokens, num_heads, HEAD_DIM]
+    key_output,
+    num_heads,
+    num_key_heads,
+    query_token_stride,
+    query_head_stride,
+    key_token_stride,
+    key_head_stride,
+    cos_stride,
+    sin_stride,
+    HEAD_DIM: tl.constexpr,
+    NUM_ELEMENTS: tl.constexpr,
+):
+    """One token and head: query's heads come first, then the key's."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    elements = tl.arange(0, NUM_ELEMENTS)
+    has_element = elements < HEAD_DIM
+    c = tl.load(cos + token * cos_stride + elements, mask=has_element, other=0.0)
+    s = tl.load(sin + token * sin_stride + elements, mask=has_element, other=0.0)
+    if key is None:
+        source = query + token * query_token_stride + head * query_head_stride
+        target = query_output + (token * num_heads + head) * HEAD_DIM
+    else:
+        key_head = head - num_heads
+        if key_head < 0:
+            source = query + token * query_token_stride + head * query_head_stride
+            target = query_output + (token * num_heads + head) * HEAD_DIM
+        else:
+            source = key + token * key_token_stride + key_head * key_head_stride
+            target = key_output + (token * num_key_heads + key_head) * HEAD_DIM
+    is_first = elements < HEAD_DIM // 2
+    others = tl.where(is_first, elements + HEAD_DIM // 2, elements - HEAD_DIM // 2)
+    x = tl.load(source + elements, mask=has_element, other=0.0)
+    other = tl.load(source + others, mask=has_element, other=0.0).to(tl.float32)
+    # Each product is rounded, as torch does.
+    straight = (x.to(tl.float32) * c.to(tl.float32)).to(x.dtype).to(tl.float32)
+    crossed = tl.where(is_first, -other, other) * s.to(tl.float32)
+    result = straight + crossed.to(x.dtype).to(tl.float32)
+    tl.store(target + elements, result.to(x.dtype), mask=has_element)
+
+
+@triton.jit
+def gate(
+    joined,  # [num_rows, 2 * SIZE]: what is activated, and what it is multiplied by
+    output,  # [num_rows, SIZE]
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    IS_GELU: tl.constexpr,
+):
+    """One tile of a row by SiLU, or by GELU as tanh approximates it."""
+    row = tl.program_id(0).to(tl.int64)
+    elements = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    has_element = elements < SIZE
+    place = joined + row * (2 * SIZE) + elements
+    rounded = tl.load(place, mask=has_element, other=0.0)
+    factor = tl.load(place + SIZE, mask=has_element, other=0.0).to(tl.float32)
+    x = rounded.to(tl.float32)
+    y = x
+    if IS_GELU:
+        # x * (1 + tanh(y)) / 2 is x * sigmoid(2 * y).
+        y = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    shrunk = tl.exp(-tl.abs(y))
+    result = x * tl.where(y < 0, shrunk, 1.0) / (1.0 + shrunk)
+    result = result.to(rounded.dtype).to(tl.float32) * factor
+    tl.store(output + row * SIZE + elements, result.to(rounded.dtype), mask=has_element)
+
+
+@triton.jit
+def write_kv(
+    key,  # [num_tokens, num_kv_heads, HEAD_DIM], with strides
+    value,
+    keys,  # [num_slots, num_kv_heads, HEAD_DIM]
+    values,
+    slots,  # [num_tokens], int64
+    num_kv_heads,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    HEAD_DIM: tl.constexpr,
+    NUM_ELEMENTS: tl.constexpr,
+):
+    """The key and the value of one token and head."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    elements = tl.arange(0, NUM_ELEMENTS)
+    has_element = elements < HEAD_DIM
+    target = (tl.load(slots + token) * num_kv_heads + head) * HEAD_DIM + elements
+    source = key + token * key_token_stride + head * key_head_stride + elements
+    tl.store(keys + target, tl.load(source, mask=has_element), mask=has_element)
+    source = value + token * value_token_stride + head * value_head_stride + elements
+    tl.store(values + target, tl.load(source, mask=has_element), mask=has_element)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from tandem.cache.kv_cache import KVCache
+from tandem.cache.kv_cache import KVCache, WriteKV
 from tandem.cuda.round_tools import RoundTools
 from tandem.errors import UnsupportedModelError
 
@@ -61,11 +61,11 @@ class CUDAWing:
 
     def prepare(self, model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
         """Lays a loaded model out for the device; it computes what it did."""
-        _fuse_norms(model)
+        _fuse(model)
 
     def prepare_drafter(self, drafter: PreTrainedModel, keep: nn.Module | None = None) -> None:
         """Lays a drafter out for the device."""
-        _fuse_norms(drafter)
+        _fuse(drafter)
 
     def likeliest_token(self, head: nn.Module) -> None:
         """There is no way to the likeliest token but by all logits."""
@@ -102,6 +102,14 @@ class CUDAWing:
         from tandem.cuda.attention import paged_attention
 
         return paged_attention(dtype)
+
+    def write_kv(self) -> WriteKV | None:
+        """Writes K and V in one launch; None where the Triton language isn't there."""
+        if not _HAS_KERNELS:
+            return None
+        from tandem.cuda.attention import write_to_pool
+
+        return write_to_pool
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
@@ -146,8 +154,13 @@ class CUDAWing:
         return max(0, int(total * utilization) - outside - peak)
 
 
-def _fuse_norms(model: nn.Module) -> None:
+def _fuse(model: nn.Module) -> None:
+    """Lets one launch compute what torch takes several for, where both agree."""
     if _HAS_KERNELS:
+        from tandem.cuda.mlp import fuse_mlps
         from tandem.cuda.norms import fuse_norms
+        from tandem.cuda.rotary import fuse_rotary
 
         fuse_norms(model)
+        fuse_rotary(model)
+        fuse_mlps(model)
