@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from tandem.cuda.kernels import gate
+from tandem.joined_linear import joined_in_place
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _PROBES = 4
@@ -30,22 +31,18 @@ class FusedMLP(nn.Module):
     def __init__(self, mlp: nn.Module, *, is_gelu: bool) -> None:
         """Takes a transformers MLP and whether it activates by GELU, else by SiLU."""
         super().__init__()
-        first, second, self.down_proj = (mlp.get_submodule(name) for name in _PARTS)
-        weights, biases = zip(*((each.weight, each.bias) for each in (first, second)), strict=True)
-        self.gate_up_proj = nn.Linear(1, 1, bias=False, device="meta")
-        self.gate_up_proj.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-        if biases[0] is not None:
-            self.gate_up_proj.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        first, second, self.down_proj = _linears(mlp)
+        self.gate_up_proj = joined_in_place([first, second])
         self._is_gelu = is_gelu
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., hidden_size]` to the same."""
-        joined = self.gate_up_proj(rows)
-        size = joined.shape[-1] // 2
-        output = joined.new_empty(*joined.shape[:-1], size)
+        both = self.gate_up_proj(rows)
+        size = both.shape[-1] // 2
+        output = both.new_empty(*both.shape[:-1], size)
         tile = min(_TILE, triton.next_power_of_2(size))
         gate[(output.numel() // size, triton.cdiv(size, tile))](
-            joined, output, SIZE=size, TILE=tile, IS_GELU=self._is_gelu, num_warps=4
+            both, output, SIZE=size, TILE=tile, IS_GELU=self._is_gelu, num_warps=4
         )
         product: Tensor = self.down_proj(output)
         return product
@@ -62,10 +59,9 @@ def fuse_mlps(model: nn.Module) -> None:
 @torch.no_grad()
 def _fused(mlp: nn.Module) -> FusedMLP | None:
     """One that gives the same for a few rows."""
-    parts = [getattr(mlp, name, None) for name in _PARTS]
-    if not all(type(each) is nn.Linear for each in parts):
+    if len(linears := _linears(mlp)) < len(_PARTS):
         return None
-    first, second, _ = parts
+    first, second, _ = linears
     weight = first.weight
     is_alike = weight.shape == second.weight.shape and (first.bias is None) == (second.bias is None)
     # No other weights, and no buffers.
@@ -81,6 +77,11 @@ def _fused(mlp: nn.Module) -> FusedMLP | None:
     difference = (module(probe) - expected).float().abs().max()
     agrees = difference <= _TOLERANCE[weight.dtype] * expected.float().abs().max()
     return module if agrees else None
+
+
+def _linears(mlp: nn.Module) -> list[nn.Linear]:
+    parts = (getattr(mlp, name, None) for name in _PARTS)
+    return [each for each in parts if type(each) is nn.Linear]
 
 
 def _is_gelu(activation: Callable[[Tensor], Tensor] | None, device: torch.device) -> bool | None:

@@ -32,8 +32,8 @@ def fuse_rotary(model: nn.Module) -> None:
         forward = _own_code(type(module).forward)
         if forward is None or _NAME not in forward.__code__.co_names:
             continue
-        original = forward.__globals__.get(_NAME)
-        fused = None if original is None else _fused(original)
+        original: Any = forward.__globals__.get(_NAME)
+        fused = _fused(original) if isinstance(original, FunctionType) else None
         if fused is not None and _agrees(fused, original, module):
             module.forward = MethodType(_with(forward, {_NAME: fused}), module)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tandem.cache.kv_cache import KVCache, WriteKV
 from tandem.cuda.round_tools import RoundTools
 from tandem.errors import UnsupportedModelError
+from tandem.joined_linear import join, joinable
 
 if TYPE_CHECKING:
     from tandem.cuda.attention import PagedAttention
@@ -56,12 +57,17 @@ class CUDAWing:
         """Prepares the process, before it loads a model."""
 
     def joinable(self, model: nn.Module) -> AbstractContextManager[list[list[nn.Linear]]]:
-        """Sees in a pass which linear layers read the same rows; here it's of no use."""
-        return nullcontext([])
+        """Sees in a pass which linear layers read the same rows."""
+        return joinable(model)
 
     def prepare(self, model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
-        """Lays a loaded model out for the device; it computes what it did."""
+        """Lays a loaded model out for the device; it computes what it did.
+
+        Args:
+            groups: what `joinable` saw.
+        """
         _fuse(model)
+        join(model, groups)
 
     def prepare_drafter(self, drafter: PreTrainedModel, keep: nn.Module | None = None) -> None:
         """Lays a drafter out for the device."""
