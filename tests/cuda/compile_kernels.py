@@ -55,6 +55,8 @@ _TYPES = {
     "winners": "*i32",
     "eps": "fp32",
     "gain": "*fp32",
+    "query_gain": "*fp32",
+    "key_gain": "*fp32",
     "slots": "*i64",
 }
 # Sizes of rows that norms read; of heads, also those that are rotated and written.
@@ -112,12 +114,24 @@ def compiled_layers(target: int) -> Iterator[tuple[str, dict[str, int]]]:
         cases += [(rms_norm, norm, num_warps), (rms_norm, norm | {"ROUNDS": True}, num_warps)]
         if dim in _HEAD_DIMS:
             head = {"HEAD_DIM": dim} | size
-            cases.append((rms_norm, norm | {"gain": None}, num_warps))
-            cases.append((rotate, head, 1 if dim <= 128 else 2))
-            cases.append((rotate, {"key": None, "key_output": None} | head, 1 if dim <= 128 else 2))
-            cases.append((write_kv, head, 1))
-    names = ("rows", "output", "query", "key", "cos", "sin", "query_output", "key_output", "joined")
-    kinds = dict.fromkeys((*names, "value", "keys", "values"), "bf16")
+            cases.append((rms_norm, norm | {"gain": None, "residual": None}, num_warps))
+            normed = head | {"IS_NORMED": True, "ROUNDS": False}
+            bare = head | {"IS_NORMED": False, "ROUNDS": False, "query_gain": None}
+            alone = {"key": None, "key_output": None, "key_gain": None}
+            cases += [(rotate, each, 1 if dim <= 128 else 2) for each in (normed, normed | alone)]
+            cases += [(rotate, bare | {"key_gain": None}, 1), (write_kv, head, 1)]
+    names = (
+        "rows",
+        "output",
+        "query",
+        "key",
+        "cos",
+        "sin",
+        "query_output",
+        "key_output",
+        "factors",
+    )
+    kinds = dict.fromkeys((*names, "value", "keys", "values", "residual"), "bf16")
     for kernel, constants, num_warps in cases:
         found = _compile(kernel, target, kinds, constants, {"num_warps": num_warps})
         yield f"{kernel.__name__} {constants}", found

@@ -104,7 +104,7 @@ def test_an_engine_writes_the_same(engines: Engines, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("verifier", "most"), [("gemma-4-E2B", 40), ("llama", 31)])
+@pytest.mark.parametrize(("verifier", "most"), [("gemma-4-E2B", 22), ("llama", 17)])
 def test_a_pass_could_be_in_a_graph(
     engines: Engines, monkeypatch: pytest.MonkeyPatch, verifier: str, most: int
 ) -> None:

@@ -188,6 +188,7 @@ def rms_norm(
     rows,  # [num_outer, num_inner, DIM], with strides
     output,  # [num_outer, num_inner, DIM]
     gain,  # [DIM], float32, or None for ones
+    residual,  # [num_outer, num_inner, DIM], or None
     eps,
     num_inner,
     outer_stride,
@@ -196,7 +197,7 @@ def rms_norm(
     NUM_ELEMENTS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """One row; with `ROUNDS` the quotient is rounded before it is multiplied."""
+    """One row, and a residual; with `ROUNDS` the quotient is rounded before it is multiplied."""
     elements = tl.arange(0, NUM_ELEMENTS)
     has_element = elements < DIM
     number = tl.program_id(0).to(tl.int64)
@@ -208,6 +209,9 @@ def rms_norm(
         result = result.to(row.dtype).to(tl.float32)
     if gain is not None:
         result *= tl.load(gain + elements, mask=has_element, other=0.0)
+    if residual is not None:
+        more = tl.load(residual + number * DIM + elements, mask=has_element, other=0.0)
+        result = result.to(row.dtype).to(tl.float32) + more.to(tl.float32)
     tl.store(output + number * DIM + elements, result.to(row.dtype), mask=has_element)
 
 
@@ -219,6 +223,9 @@ def rotate(
     sin,
     query_output,  # [num_tokens, num_heads, HEAD_DIM]
     key_output,
+    query_gain,  # [HEAD_DIM], float32, or None for ones: of the norm that comes before
+    key_gain,
+    eps,
     num_heads,
     num_key_heads,
     query_token_stride,
@@ -229,8 +236,10 @@ def rotate(
     sin_stride,
     HEAD_DIM: tl.constexpr,
     NUM_ELEMENTS: tl.constexpr,
+    IS_NORMED: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
-    """One token and head: query's heads come first, then the key's."""
+    """One token and head, normed first if need be: query's heads come before the key's."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     elements = tl.arange(0, NUM_ELEMENTS)
     has_element = elements < HEAD_DIM
@@ -239,7 +248,9 @@ def rotate(
     if key is None:
         source = query + token * query_token_stride + head * query_head_stride
         target = query_output + (token * num_heads + head) * HEAD_DIM
+        gain = query_gain
     else:
+        gain = query_gain
         key_head = head - num_heads
         if key_head < 0:
             source = query + token * query_token_stride + head * query_head_stride
@@ -247,21 +258,35 @@ def rotate(
         else:
             source = key + token * key_token_stride + key_head * key_head_stride
             target = key_output + (token * num_key_heads + key_head) * HEAD_DIM
+            gain = key_gain
     is_first = elements < HEAD_DIM // 2
     others = tl.where(is_first, elements + HEAD_DIM // 2, elements - HEAD_DIM // 2)
-    x = tl.load(source + elements, mask=has_element, other=0.0)
+    loaded = tl.load(source + elements, mask=has_element, other=0.0)
+    x = loaded.to(tl.float32)
     other = tl.load(source + others, mask=has_element, other=0.0).to(tl.float32)
+    if IS_NORMED:
+        scale = tl.rsqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)
+        x, other = x * scale, other * scale
+        if ROUNDS:
+            x, other = x.to(loaded.dtype).to(tl.float32), other.to(loaded.dtype).to(tl.float32)
+        if query_gain is not None:
+            x *= tl.load(gain + elements, mask=has_element, other=0.0)
+            other *= tl.load(gain + others, mask=has_element, other=0.0)
+        x, other = x.to(loaded.dtype).to(tl.float32), other.to(loaded.dtype).to(tl.float32)
     # Each product is rounded, as torch does.
-    straight = (x.to(tl.float32) * c.to(tl.float32)).to(x.dtype).to(tl.float32)
+    straight = (x * c.to(tl.float32)).to(loaded.dtype).to(tl.float32)
     crossed = tl.where(is_first, -other, other) * s.to(tl.float32)
-    result = straight + crossed.to(x.dtype).to(tl.float32)
-    tl.store(target + elements, result.to(x.dtype), mask=has_element)
+    result = straight + crossed.to(loaded.dtype).to(tl.float32)
+    tl.store(target + elements, result.to(loaded.dtype), mask=has_element)
 
 
 @triton.jit
 def gate(
-    joined,  # [num_rows, 2 * SIZE]: what is activated, and what it is multiplied by
+    rows,  # [num_rows, SIZE], with a stride
+    factors,  # the same: what the activated rows are multiplied by
     output,  # [num_rows, SIZE]
+    row_stride,
+    factor_stride,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     IS_GELU: tl.constexpr,
@@ -270,9 +295,8 @@ def gate(
     row = tl.program_id(0).to(tl.int64)
     elements = tl.program_id(1) * TILE + tl.arange(0, TILE)
     has_element = elements < SIZE
-    place = joined + row * (2 * SIZE) + elements
-    rounded = tl.load(place, mask=has_element, other=0.0)
-    factor = tl.load(place + SIZE, mask=has_element, other=0.0).to(tl.float32)
+    rounded = tl.load(rows + row * row_stride + elements, mask=has_element, other=0.0)
+    factor = tl.load(factors + row * factor_stride + elements, mask=has_element, other=0.0)
     x = rounded.to(tl.float32)
     y = x
     if IS_GELU:
@@ -280,7 +304,7 @@ def gate(
         y = 1.5957691216057308 * (x + 0.044715 * x * x * x)
     shrunk = tl.exp(-tl.abs(y))
     result = x * tl.where(y < 0, shrunk, 1.0) / (1.0 + shrunk)
-    result = result.to(rounded.dtype).to(tl.float32) * factor
+    result = result.to(rounded.dtype).to(tl.float32) * factor.to(tl.float32)
     tl.store(output + row * SIZE + elements, result.to(rounded.dtype), mask=has_element)
 
 

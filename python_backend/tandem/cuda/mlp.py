@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
+from transformers.activations import GELUTanh, SiLUActivation
 
 from tandem.cuda.kernels import gate
+from tandem.cuda.pending import Pending, finished
 from tandem.joined_linear import joined_in_place
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -37,15 +40,58 @@ class FusedMLP(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., hidden_size]` to the same."""
-        both = self.gate_up_proj(rows)
-        size = both.shape[-1] // 2
-        output = both.new_empty(*both.shape[:-1], size)
-        tile = min(_TILE, triton.next_power_of_2(size))
-        gate[(output.numel() // size, triton.cdiv(size, tile))](
-            both, output, SIZE=size, TILE=tile, IS_GELU=self._is_gelu, num_warps=4
-        )
-        product: Tensor = self.down_proj(output)
+        first, second = self.gate_up_proj(rows).chunk(2, dim=-1)
+        product: Tensor = self.down_proj(_gated(first, second, is_gelu=self._is_gelu))
         return product
+
+
+class FusedActivation(nn.Module):
+    """An activation, whose result is pending: it may be multiplied by something."""
+
+    def __init__(self, activation: nn.Module, *, is_gelu: bool) -> None:
+        super().__init__()
+        self._activation = activation
+        self._is_gelu = is_gelu
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[..., dim]` to the same."""
+        return Pending.of(finished(rows), self)
+
+    def finish(self, rows: Tensor) -> Tensor:
+        """Computes it as transformers does."""
+        activated: Tensor = self._activation(rows)
+        return activated
+
+    def join(self, function: Callable[..., Any], rows: Tensor, other: Tensor) -> Tensor | None:
+        """Multiplies it; see `Work`."""
+        if function is not Tensor.mul:
+            return None
+        return _gated(rows, other, is_gelu=self._is_gelu)
+
+
+def _gated(rows: Tensor, factors: Tensor, *, is_gelu: bool) -> Tensor:
+    """Activated `rows` times `factors`, both `[..., dim]`, rows of which have a stride."""
+    size = rows.shape[-1]
+    output = rows.new_empty(rows.shape)
+    flat, flat_factors = (_rows_of(each, size) for each in (rows, factors))
+    tile = min(_TILE, triton.next_power_of_2(size))
+    gate[(len(flat), triton.cdiv(size, tile))](
+        flat,
+        flat_factors,
+        output,
+        flat.stride(0),
+        flat_factors.stride(0),
+        SIZE=size,
+        TILE=tile,
+        IS_GELU=is_gelu,
+        num_warps=4,
+    )
+    return output
+
+
+def _rows_of(each: Tensor, size: int) -> Tensor:
+    flat = each.reshape(-1, size)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def fuse_mlps(model: nn.Module) -> None:
@@ -54,6 +100,14 @@ def fuse_mlps(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("MLP"):
                 setattr(module, name, _fused(child) or child)
+    # What is left of activations is multiplied elsewhere, or not at all.
+    device = next((each.device for each in model.parameters()), None)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) in (GELUTanh, SiLUActivation) and device is not None:
+                is_gelu = _is_gelu(child, device)
+                if is_gelu is not None:
+                    setattr(module, name, FusedActivation(child, is_gelu=is_gelu))
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ import triton
 from torch import Tensor, nn
 
 from tandem.cuda.kernels import rotate
+from tandem.cuda.norms import FusedRMSNorm
+from tandem.cuda.pending import Pending, finished
 
 _NAME = "apply_rotary_pos_emb"
 _PROBES = 3
@@ -113,6 +115,7 @@ def _agrees(fused: Callable[..., Any], original: Callable[..., Any], module: nn.
 
 def _fits(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> bool:
     """Whether the kernel is for such tensors: a packed row, all of each head rotated."""
+    x = x.rows if isinstance(x, Pending) else x
     if x.dim() != 4 or unsqueeze_dim not in (1, 2) or not x.numel():
         return False
     shape = (1, x.shape[3 - unsqueeze_dim], x.shape[3])
@@ -121,10 +124,20 @@ def _fits(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> bool:
     )
 
 
+def _is_normed(x: Any) -> bool:
+    return isinstance(x, Pending) and isinstance(x.work, FusedRMSNorm)
+
+
 def _rotated(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, heads_dim: int
+    q: Any, k: Any, cos: Tensor, sin: Tensor, heads_dim: int
 ) -> tuple[Tensor, Tensor | None]:
     tokens_dim = 3 - heads_dim
+    norm, q_gain, k_gain = None, None, None
+    if _is_normed(q) and (k is None or (_is_normed(k) and k.work.form == q.work.form)):
+        norm, q_gain, q = q.work, q.work.gain, q.rows
+        if k is not None:
+            k_gain, k = k.work.gain, k.rows
+    q, k = finished(q), finished(k)
     q = q if q.stride(3) == 1 else q.contiguous()
     k = k if k is None or k.stride(3) == 1 else k.contiguous()
     num_tokens, num_heads, head_dim = q.shape[tokens_dim], q.shape[heads_dim], q.shape[3]
@@ -138,6 +151,9 @@ def _rotated(
         sin,
         q_output,
         k_output,
+        q_gain,
+        k_gain,
+        1.0 if norm is None else norm.form.eps,
         num_heads,
         num_key_heads,
         q.stride(tokens_dim),
@@ -148,6 +164,8 @@ def _rotated(
         sin.stride(1),
         HEAD_DIM=head_dim,
         NUM_ELEMENTS=triton.next_power_of_2(head_dim),
+        IS_NORMED=norm is not None,
+        ROUNDS=norm is not None and norm.form.rounds,
         num_warps=1 if head_dim <= 128 else 2,
     )
     if heads_dim == 2:
