@@ -60,8 +60,8 @@ _TYPES = {
     "slots": "*i64",
 }
 # Sizes of rows that norms read; of heads, also those that are rotated and written.
-_DIMS = (64, 80, 128, 256, 512, 640, 2560, 5376)
-_HEAD_DIMS = _DIMS[:5]
+_DIMS = (80, 256, 512, 5376)
+_HEAD_DIMS = _DIMS[:3]
 
 
 def main() -> None:
@@ -113,13 +113,14 @@ def compiled_layers(target: int) -> Iterator[tuple[str, dict[str, int]]]:
         norm = {"DIM": dim, "ROUNDS": False} | size
         cases += [(rms_norm, norm, num_warps), (rms_norm, norm | {"ROUNDS": True}, num_warps)]
         if dim in _HEAD_DIMS:
-            head = {"HEAD_DIM": dim} | size
+            _, tile_heads = attention.tile_of_heads(dim, 8)
+            head = {"HEAD_DIM": dim, "TILE_HEADS": tile_heads} | size
             cases.append((rms_norm, norm | {"gain": None, "residual": None}, num_warps))
             normed = head | {"IS_NORMED": True, "ROUNDS": False}
             bare = head | {"IS_NORMED": False, "ROUNDS": False, "query_gain": None}
             alone = {"key": None, "key_output": None, "key_gain": None}
-            cases += [(rotate, each, 1 if dim <= 128 else 2) for each in (normed, normed | alone)]
-            cases += [(rotate, bare | {"key_gain": None}, 1), (write_kv, head, 1)]
+            cases += [(rotate, each, 4) for each in (normed, normed | alone)]
+            cases += [(rotate, bare | {"key_gain": None}, 4), (write_kv, head, 4)]
     names = (
         "rows",
         "output",

@@ -18,6 +18,7 @@ from tandem.cuda import attention, mlp, norms, rotary
 from tandem.cuda.attention import write_to_pool
 from tandem.cuda.mlp import FusedMLP, fuse_mlps
 from tandem.cuda.norms import FusedRMSNorm, fuse_norms
+from tandem.cuda.pending import Pending, finished
 from tandem.cuda.rotary import fuse_rotary
 from tandem.models.attention import PackedBatch, Span
 from tandem.models.packed_pass import packed_logits
@@ -187,6 +188,82 @@ def test_heads_are_rotated_as_by_transformers(
     found, expected = (f(*two, cos, sin, unsqueeze_dim=2) for f in (fused, original))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("verifier", ARCHITECTURES)
+@torch.inference_mode()
+def test_what_follows_a_norm_is_computed_with_it(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, verifier: str, dtype: torch.dtype
+) -> None:
+    """Rotations and residuals give what they give behind a norm of its own, to the last bit."""
+    triton_interpreter.mend(monkeypatch)
+    attention = deepcopy(tiny.reference(verifier).model.layers[-1].self_attn).to(dtype)
+    fuse_rotary(attention)
+    rotate = attention.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    kind = type(tiny.reference(verifier).model.norm)
+    torch.manual_seed(0)
+    norms = torch.nn.ModuleList([kind(24, eps=1e-6).to(dtype) for _ in range(2)])
+    for norm in norms:
+        norm.weight.copy_(torch.randn(24))
+    fuse_norms(norms)
+    cos, sin = torch.randn(2, 1, 5, 24).to(dtype)
+    rows = torch.randn(2, 1, 5, 3, 24).to(dtype)
+    count = 1 if verifier == "gemma-4-E2B" else 2
+    pending = [norm(each) for norm, each in zip(norms, rows[:count], strict=False)]
+    made = [finished(norm(each)) for norm, each in zip(norms, rows[:count], strict=False)]
+    for heads in (2, 1):
+        if heads == 1:
+            pending, made = ([x.transpose(1, 2) for x in xs] for xs in (pending, made))
+        assert all(type(each) is Pending for each in pending)
+        found, expected = (rotate(*x, cos, sin, unsqueeze_dim=heads) for x in (pending, made))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+    residual = torch.randn(1, 5, 3, 24).to(dtype)
+    found = norms[0](rows[0]) + residual
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, finished(norms[0](rows[0])) + residual)
+
+
+@torch.inference_mode()
+def test_a_pending_norm_is_computed_for_whatever_asks(tiny: TinyModels) -> None:
+    """Once, and what comes of it is plain."""
+    norms = torch.nn.ModuleList([type(tiny.reference("llama").model.norm)(24)])
+    fuse_norms(norms)
+    rows = torch.randn(1, 5, 24)
+    made = finished(norms[0](rows))
+    pending = norms[0](rows)
+    for ask in (
+        lambda x: x * 2,
+        lambda x: x + 1,
+        lambda x: x + torch.ones(24),
+        lambda x: x.add(x, alpha=2),
+        lambda x: torch.nn.functional.linear(x, torch.ones(3, 24)),
+        lambda x: x[0],
+        lambda x: torch.cat([x, x]),
+        lambda x: x.transpose(0, 1),
+        lambda x: x.view(-1, 8),
+    ):
+        found = ask(pending)
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, ask(made))
+    assert finished(pending).data_ptr() == pending.data_ptr()
+
+
+@torch.inference_mode()
+def test_an_activation_is_multiplied_in_the_same_launch(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where per-layer inputs of Gemma 4 are taken up."""
+    layer = deepcopy(tiny.reference("gemma-4-E2B").model.layers[0])
+    original = layer.act_fn
+    fuse_mlps(layer)
+    rows, factors = torch.randn(1, 5, 8), torch.randn(1, 5, 3, 8)[:, :, 1]
+    torch.testing.assert_close(layer.act_fn(rows) * factors, original(rows) * factors)
+    torch.testing.assert_close(layer.act_fn(rows) + factors, original(rows) + factors)
+    with Counted(monkeypatch) as counted:
+        layer.act_fn(rows) * factors
+    assert counted.counts == {"gate": 1}
 
 
 def test_a_rotation_that_is_another_stays(

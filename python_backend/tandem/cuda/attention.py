@@ -28,6 +28,8 @@ _SPLIT = 512
 # Rows of queries that read keys together, one for each token and head, where there are so many.
 _MIN_ROWS, _MAX_ROWS = 16, 32
 _MAX_REGISTERS = 255
+# Elements that a program rotates or writes, where one head has no more.
+_TILE_ELEMENTS = 1024
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -168,7 +170,8 @@ def write_to_pool(
     _, num_kv_heads, num_tokens, head_dim = key_states.shape
     if key_states.stride(3) != 1 or value_states.stride(3) != 1:
         key_states, value_states = key_states.contiguous(), value_states.contiguous()
-    write_kv[(num_tokens, num_kv_heads)](
+    num_elements, tile_heads = tile_of_heads(head_dim, num_kv_heads)
+    write_kv[(num_tokens, triton.cdiv(num_kv_heads, tile_heads))](
         key_states,
         value_states,
         keys,
@@ -180,6 +183,14 @@ def write_to_pool(
         value_states.stride(2),
         value_states.stride(1),
         HEAD_DIM=head_dim,
-        NUM_ELEMENTS=triton.next_power_of_2(head_dim),
-        num_warps=1,
+        NUM_ELEMENTS=num_elements,
+        TILE_HEADS=tile_heads,
+        num_warps=4,
     )
+
+
+def tile_of_heads(head_dim: int, num_heads: int) -> tuple[int, int]:
+    """Elements of a head, filled up to a power of 2, and how many heads a program has."""
+    num_elements = triton.next_power_of_2(head_dim)
+    most = max(1, _TILE_ELEMENTS // num_elements)
+    return num_elements, min(most, triton.next_power_of_2(num_heads))

@@ -236,48 +236,47 @@ def rotate(
     sin_stride,
     HEAD_DIM: tl.constexpr,
     NUM_ELEMENTS: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
     IS_NORMED: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """One token and head, normed first if need be: query's heads come before the key's."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """A few heads of a token, normed first if need be: tiles of the query's come first."""
+    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     elements = tl.arange(0, NUM_ELEMENTS)
     has_element = elements < HEAD_DIM
-    c = tl.load(cos + token * cos_stride + elements, mask=has_element, other=0.0)
-    s = tl.load(sin + token * sin_stride + elements, mask=has_element, other=0.0)
-    if key is None:
-        source = query + token * query_token_stride + head * query_head_stride
-        target = query_output + (token * num_heads + head) * HEAD_DIM
-        gain = query_gain
-    else:
-        gain = query_gain
-        key_head = head - num_heads
-        if key_head < 0:
-            source = query + token * query_token_stride + head * query_head_stride
-            target = query_output + (token * num_heads + head) * HEAD_DIM
-        else:
-            source = key + token * key_token_stride + key_head * key_head_stride
-            target = key_output + (token * num_key_heads + key_head) * HEAD_DIM
-            gain = key_gain
     is_first = elements < HEAD_DIM // 2
     others = tl.where(is_first, elements + HEAD_DIM // 2, elements - HEAD_DIM // 2)
-    loaded = tl.load(source + elements, mask=has_element, other=0.0)
+    c = tl.load(cos + token * cos_stride + elements, mask=has_element, other=0.0)
+    s = tl.load(sin + token * sin_stride + elements, mask=has_element, other=0.0)
+    source, target, gain = query + token * query_token_stride, query_output, query_gain
+    count, stride = num_heads, query_head_stride
+    if key is not None:
+        num_tiles = tl.cdiv(num_heads, TILE_HEADS)
+        if tile >= num_tiles:
+            source, target, gain = key + token * key_token_stride, key_output, key_gain
+            count, stride = num_key_heads, key_head_stride
+            tile -= num_tiles
+    heads = tile * TILE_HEADS + tl.arange(0, TILE_HEADS)
+    mask = (heads < count)[:, None] & has_element[None, :]
+    source += heads[:, None] * stride
+    loaded = tl.load(source + elements[None, :], mask=mask, other=0.0)
     x = loaded.to(tl.float32)
-    other = tl.load(source + others, mask=has_element, other=0.0).to(tl.float32)
+    other = tl.load(source + others[None, :], mask=mask, other=0.0).to(tl.float32)
     if IS_NORMED:
-        scale = tl.rsqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
         x, other = x * scale, other * scale
         if ROUNDS:
             x, other = x.to(loaded.dtype).to(tl.float32), other.to(loaded.dtype).to(tl.float32)
         if query_gain is not None:
-            x *= tl.load(gain + elements, mask=has_element, other=0.0)
-            other *= tl.load(gain + others, mask=has_element, other=0.0)
+            x *= tl.load(gain + elements, mask=has_element, other=0.0)[None, :]
+            other *= tl.load(gain + others, mask=has_element, other=0.0)[None, :]
         x, other = x.to(loaded.dtype).to(tl.float32), other.to(loaded.dtype).to(tl.float32)
     # Each product is rounded, as torch does.
-    straight = (x * c.to(tl.float32)).to(loaded.dtype).to(tl.float32)
-    crossed = tl.where(is_first, -other, other) * s.to(tl.float32)
+    straight = (x * c.to(tl.float32)[None, :]).to(loaded.dtype).to(tl.float32)
+    crossed = tl.where(is_first[None, :], -other, other) * s.to(tl.float32)[None, :]
     result = straight + crossed.to(loaded.dtype).to(tl.float32)
-    tl.store(target + elements, result.to(loaded.dtype), mask=has_element)
+    place = (token * count + heads[:, None]) * HEAD_DIM + elements[None, :]
+    tl.store(target + place, result.to(loaded.dtype), mask=mask)
 
 
 @triton.jit
@@ -322,13 +321,15 @@ def write_kv(
     value_head_stride,
     HEAD_DIM: tl.constexpr,
     NUM_ELEMENTS: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
 ):
-    """The key and the value of one token and head."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    elements = tl.arange(0, NUM_ELEMENTS)
-    has_element = elements < HEAD_DIM
-    target = (tl.load(slots + token) * num_kv_heads + head) * HEAD_DIM + elements
-    source = key + token * key_token_stride + head * key_head_stride + elements
-    tl.store(keys + target, tl.load(source, mask=has_element), mask=has_element)
-    source = value + token * value_token_stride + head * value_head_stride + elements
-    tl.store(values + target, tl.load(source, mask=has_element), mask=has_element)
+    """Keys and values of a few heads of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    heads = (tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS))[:, None]
+    elements = tl.arange(0, NUM_ELEMENTS)[None, :]
+    mask = (heads < num_kv_heads) & (elements < HEAD_DIM)
+    target = (tl.load(slots + token) * num_kv_heads + heads) * HEAD_DIM + elements
+    source = key + token * key_token_stride + heads * key_head_stride + elements
+    tl.store(keys + target, tl.load(source, mask=mask), mask=mask)
+    source = value + token * value_token_stride + heads * value_head_stride + elements
+    tl.store(values + target, tl.load(source, mask=mask), mask=mask)

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from tandem.cuda.attention import tile_of_heads
 from tandem.cuda.kernels import rotate
 from tandem.cuda.norms import FusedRMSNorm
 from tandem.cuda.pending import Pending, finished
@@ -144,7 +145,9 @@ def _rotated(
     num_key_heads = 0 if k is None else k.shape[heads_dim]
     q_output = q.new_empty(1, num_tokens, num_heads, head_dim)
     k_output = None if k is None else k.new_empty(1, num_tokens, num_key_heads, head_dim)
-    rotate[(num_tokens, num_heads + num_key_heads)](
+    num_elements, tile_heads = tile_of_heads(head_dim, num_heads)
+    num_tiles = triton.cdiv(num_heads, tile_heads) + triton.cdiv(num_key_heads, tile_heads)
+    rotate[(num_tokens, num_tiles)](
         q,
         k,
         cos,
@@ -163,10 +166,11 @@ def _rotated(
         cos.stride(1),
         sin.stride(1),
         HEAD_DIM=head_dim,
-        NUM_ELEMENTS=triton.next_power_of_2(head_dim),
+        NUM_ELEMENTS=num_elements,
+        TILE_HEADS=tile_heads,
         IS_NORMED=norm is not None,
         ROUNDS=norm is not None and norm.form.rounds,
-        num_warps=1 if head_dim <= 128 else 2,
+        num_warps=4,
     )
     if heads_dim == 2:
         return q_output, k_output
