@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 _PROBES = 4
+# Of a norm without weight, which takes rows of any size.
+_ANY_DIM = 64
 # By rounding alone two ways of summing may differ so much, relative to the result.
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
@@ -19,12 +21,12 @@ class Form(NamedTuple):
 
     Attributes:
         eps: what is added to the mean square.
-        offset: what is added to the weight; 1 in Gemma 3.
+        offset: what is added to the weight; 1 in Gemma 3; None without weight.
         rounds: whether the quotient is rounded before it is multiplied.
     """
 
     eps: float
-    offset: float
+    offset: float | None
     rounds: bool
 
 
@@ -36,7 +38,9 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.norm = norm
         self._form = form
-        self._gain = self.weight.detach().float() + form.offset
+        self._gain: Tensor | None = None
+        if form.offset is not None:
+            self._gain = self.weight.detach().float() + form.offset
 
     @property
     def weight(self) -> Tensor:
@@ -53,17 +57,23 @@ def replace_norms(model: nn.Module, fused: Fuse) -> None:
     Args:
         fused: makes a module that computes what a norm of a form does, or None if it can't.
     """
+    like = next(model.parameters(), None)
+    if like is None:
+        return
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
-                setattr(module, name, _fused(child, fused) or child)
+                setattr(module, name, _fused(child, fused, like) or child)
 
 
 @torch.no_grad()
-def _fused(norm: nn.Module, fused: Fuse) -> nn.Module | None:
-    """One that gives the same for a few rows."""
+def _fused(norm: nn.Module, fused: Fuse, like: Tensor) -> nn.Module | None:
+    """One that gives the same for a few rows, which are as `like` where the norm has no weight."""
     weight = getattr(norm, "weight", None)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    offsets: tuple[float | None, ...] = (0.0, 1.0)
+    if not norm.state_dict():
+        weight, offsets = like.new_empty(_ANY_DIM), (None,)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
     if weight.dtype not in _TOLERANCE:
@@ -71,7 +81,7 @@ def _fused(norm: nn.Module, fused: Fuse) -> nn.Module | None:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn((_PROBES, len(weight)), generator=generator).to(weight)
     expected = norm(probe)
-    for offset, rounds in itertools.product((0.0, 1.0), (False, True)):
+    for offset, rounds in itertools.product(offsets, (False, True)):
         module = fused(norm, Form(eps, offset, rounds))
         if module is None:
             return None

@@ -26,6 +26,7 @@ from tandem.cuda.wing import CUDAWing
 from tandem.drafters.mtp import Gemma4Drafter
 from tandem.models.attention import ATTENTION
 from tandem.models.head import OutputHead
+from tandem.models.probing import probe
 from tandem.models.verifier import Verifier
 from tandem.rounds.programs import Programs
 from tandem.rounds.state import DeviceState
@@ -110,7 +111,9 @@ def fused(
     torch.manual_seed(0)
     verifier, drafter = _models(config, assistant, dtype)
     wing = CUDAWing(torch.device("cpu"))
-    wing.prepare(verifier, [])
+    with wing.joinable(verifier) as groups:
+        probe(verifier)
+    wing.prepare(verifier, groups)
     wing.prepare_drafter(drafter)
     return MetaRound(to_meta(verifier), to_meta(drafter), depth)
 

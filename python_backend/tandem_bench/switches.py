@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from tandem import Engine
 from tandem.cpu.blocked_matrix import BlockedMatrix
 from tandem.cpu.kernels import FusedRMSNorm
-from tandem.cpu.linear import Int8Linear, JoinedLinear, PackedLinear
+from tandem.cpu.linear import Int8Linear, PackedLinear
 from tandem.cpu.packing import head_matrix
 from tandem.cpu.tied_embedding import TiedEmbedding
 from tandem.drafters.mtp import MTPDrafter
+from tandem.joined_linear import JoinedLinear
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class FusedWing(InterpretedWing):
 
 def programs_of(engine: Engine) -> dict[str, Callable[[], Any]]:
     assert isinstance(engine.round, DeviceRound)
-    programs = engine.round._programs
+    programs = engine.round.programs
     size = programs.pass_size(LOAD.num_rows, LOAD.num_rows)
     verified: list[Any] = []
     return {

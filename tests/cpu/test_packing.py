@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tandem import UnsupportedModelError
 from tandem.cpu.linear import Int8Linear, PackedLinear
-from tandem.cpu.packing import can_pack, joinable, pack_linears
+from tandem.cpu.packing import can_pack, pack_linears
 from tandem.cpu.products import use_own_products
+from tandem.joined_linear import joinable
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="no oneDNN in this build of torch"

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from tandem.cuda import attention, sampling, sampling_kernels
 from tandem.cuda.attention import Tiles
-from tandem.cuda.kernels import attend_parts, join_parts
+from tandem.cuda.kernels import attend_parts, gate, join_parts, rms_norm, rotate, write_kv
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Query heads that share a KV head, and the size of a head: Llama and Qwen; Gemma 3; Gemma 4 E2B and
@@ -53,12 +53,21 @@ _TYPES = {
     "chosen": "*i64",
     "winner_scores": "*fp32",
     "winners": "*i32",
+    "eps": "fp32",
+    "gain": "*fp32",
+    "query_gain": "*fp32",
+    "key_gain": "*fp32",
+    "slots": "*i64",
 }
+# Sizes of rows that norms read; of heads, also those that are rotated and written.
+_DIMS = (80, 256, 512, 5376)
+_HEAD_DIMS = _DIMS[:3]
 
 
 def main() -> None:
     for target in map(int, sys.argv[1:]):
-        for name, found in itertools.chain(compiled(target), compiled_sampling(target)):
+        parts = compiled(target), compiled_layers(target), compiled_sampling(target)
+        for name, found in itertools.chain(*parts):
             print(json.dumps({"name": name, **found}))
 
 
@@ -91,6 +100,42 @@ def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield f"attend {name}", _compile(attend_parts, target, pointers, constants | tile, options)
         if not window and causal:
             yield f"join {name}", _compile(join_parts, target, pointers, constants, {})
+
+
+def compiled_layers(target: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """What layers do beside attention, in bfloat16."""
+    cases: list[tuple[Any, dict[str, Any], int]] = [
+        (gate, {"SIZE": 6144, "TILE": 1024, "IS_GELU": is_gelu}, 4) for is_gelu in (False, True)
+    ]
+    for dim in _DIMS:
+        size = {"NUM_ELEMENTS": triton.next_power_of_2(dim)}
+        num_warps = min(8, max(1, size["NUM_ELEMENTS"] // 512))
+        norm = {"DIM": dim, "ROUNDS": False} | size
+        cases += [(rms_norm, norm, num_warps), (rms_norm, norm | {"ROUNDS": True}, num_warps)]
+        if dim in _HEAD_DIMS:
+            _, tile_heads = attention.tile_of_heads(dim, 8)
+            head = {"HEAD_DIM": dim, "TILE_HEADS": tile_heads} | size
+            cases.append((rms_norm, norm | {"gain": None, "residual": None}, num_warps))
+            normed = head | {"IS_NORMED": True, "ROUNDS": False}
+            bare = head | {"IS_NORMED": False, "ROUNDS": False, "query_gain": None}
+            alone = {"key": None, "key_output": None, "key_gain": None}
+            cases += [(rotate, each, 4) for each in (normed, normed | alone)]
+            cases += [(rotate, bare | {"key_gain": None}, 4), (write_kv, head, 4)]
+    names = (
+        "rows",
+        "output",
+        "query",
+        "key",
+        "cos",
+        "sin",
+        "query_output",
+        "key_output",
+        "factors",
+    )
+    kinds = dict.fromkeys((*names, "value", "keys", "values", "residual"), "bf16")
+    for kernel, constants, num_warps in cases:
+        found = _compile(kernel, target, kinds, constants, {"num_warps": num_warps})
+        yield f"{kernel.__name__} {constants}", found
 
 
 def compiled_sampling(target: int) -> Iterator[tuple[str, dict[str, int]]]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cuda_wing import FakeGraph, HostTools, QuickTools, QuickWing, cuda_wing
 from doubles import finish, plain, prompt_of, tokens_of
-from tandem import ConfigError, Engine, SamplingParams
+from tandem import ConfigError, Engine, Guide, SamplingParams
+from tandem.drafters.mtp import MTPDrafter
 from tandem.rounds.device import DeviceRound
 from tandem.rounds.staging import Staging
 from tandem_bench.launches import Launches
@@ -219,6 +220,8 @@ PARAMS = [
     SamplingParams(temperature=0.0, repetition_penalty=1.4, **PLAIN),
     SamplingParams(temperature=0.7, seed=3, presence_penalty=1.5, logit_bias={7: 4.0}, **PLAIN),
     SamplingParams(temperature=0.7, seed=4, frequency_penalty=0.8, min_tokens=6, max_tokens=10),
+    # Half of all tokens, so that the device by itself would choose others.
+    SamplingParams(temperature=0.9, seed=5, bad_words=tuple("aeiorstnl"), **PLAIN),
 ]
 
 
@@ -240,3 +243,29 @@ def test_both_wings_write_the_same(engines: Engines) -> None:
     assert engine.drafter_stats == other.drafter_stats
     assert engine.drafter_stats["mtp"].num_accepted_tokens > 0
     assert engine.stats.num_prefix_cache_hits > 0
+
+
+def test_states_are_those_behind_what_the_host_accepts(engines: Engines) -> None:
+    """The device alone would reject what a grammar forces, and go on from another state."""
+    params = SamplingParams(temperature=0.0, guide=Guide("regex", "a{30}b"), max_tokens=40)
+    other = engines("gemma-4-31B", mtp=True)
+    with cuda_wing(QuickWing):
+        engine = engines.make("gemma-4-31B", mtp=True)
+    assert isinstance(engine.round, DeviceRound)
+    drafter = other.drafters["mtp"]
+    assert isinstance(drafter, MTPDrafter)
+    mine, theirs = (e.make_sequence([5, 6, 7], params, drafter="mtp") for e in (engine, other))
+    engine.add(mine)
+    other.add(theirs)
+    num_forced = 0
+    while other.has_work:
+        other.step()
+        with cuda_wing(QuickWing):
+            engine.step()
+        assert mine.token_ids == theirs.token_ids
+        num_forced = max(num_forced, mine.num_accepted_tokens)
+        if not mine.is_finished:
+            [slot] = engine.round._slots.assign([mine])
+            state, expected = engine.round._state.hidden[slot], drafter._hidden[theirs.id]
+            torch.testing.assert_close(state, expected)
+    assert num_forced > 0

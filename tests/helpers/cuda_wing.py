@@ -118,6 +118,9 @@ class QuickWing(InterpretedWing):
     def attention_kernel(self, dtype: torch.dtype) -> Any:
         return attention_kernel(self._device, dtype)
 
+    def write_kv(self) -> None:
+        pass
+
     def round_tools(self, dtype: torch.dtype) -> RoundTools | None:
         kernel = self.attention_kernel(dtype)
         return None if kernel is None else QuickTools(kernel, self._device)

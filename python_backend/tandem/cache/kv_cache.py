@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from tandem.cache.layer_groups import LayerGroup, group_of
+
+# Writes K and V `[1, num_kv_heads, num_tokens, head_dim]` to slots of a layer's K and V.
+WriteKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class KVCache:
 
     Attributes:
         windows: of the groups; see `group_of`.
+        write: writes a pass's K and V.
     """
 
     def __init__(
@@ -49,12 +54,15 @@ class KVCache:
         device: torch.device,
         *,
         has_scratch: bool = False,
+        write: WriteKV | None = None,
     ) -> None:
         """Allocates it.
 
         Args:
             has_scratch: whether each group has one slot more, for rows that are nobody's.
+            write: how a pass writes to it; by torch's operations if None.
         """
+        self.write = write or _write
         self._num_scratch = int(has_scratch)
         self.groups = groups
         self.windows = [group.window for group in groups]
@@ -151,6 +159,12 @@ class KVWriter(CacheStandIn):
         """Stores `[1, num_kv_heads, num_tokens, head_dim]` K and V of one layer."""
         keys, values = self._cache.layer(layer_idx)
         slots = self._slots[self._cache.group_of_layer(layer_idx)]
-        keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
-        values.index_copy_(0, slots, value_states[0].transpose(0, 1))
+        self._cache.write(key_states, value_states, keys, values, slots)
         return keys, values
+
+
+def _write(
+    key_states: Tensor, value_states: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> None:
+    keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
+    values.index_copy_(0, slots, value_states[0].transpose(0, 1))

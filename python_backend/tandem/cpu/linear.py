@@ -7,7 +7,6 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from functools import cached_property
 
 import torch
@@ -64,59 +63,6 @@ class PackedLinear(nn.Module):
             return multiply(rows, self.memory, self.bias, self.out_features)
         product: Tensor = _linear(rows, self.packed, self.bias, "none", [], "")
         return product
-
-
-class JoinedLinear(nn.Module):
-    """Linear layers that read the same rows, as one packed layer: one product is begun, not three.
-
-    Each of them keeps its place in the model, as a `LinearPart`.
-    """
-
-    def __init__(self, linears: Items[nn.Linear]) -> None:
-        super().__init__()
-        weights: list[Tensor] = [linear.weight.detach() for linear in linears]
-        weight = torch.cat(weights)
-        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        joined.weight = nn.Parameter(weight, requires_grad=False)
-        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-        if biases:
-            joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-        self.packed = PackedLinear(joined)
-        self._rows: Tensor | None = None
-        self._product: Tensor | None = None
-
-    def forward(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        """Columns `start` to `stop` of the product, which is made for the first who asks."""
-        if self._product is None or self._rows is not rows:
-            self._rows, self._product = rows, self.packed(rows)
-        part = self._product[..., start:stop]
-        if stop == self.packed.out_features:
-            self._rows = self._product = None
-        return part
-
-
-class LinearPart(nn.Module):
-    """One of the layers that a `JoinedLinear` joins."""
-
-    def __init__(self, joined: JoinedLinear, start: int, stop: int) -> None:
-        super().__init__()
-        self.joined = joined
-        self._start = start
-        self._stop = stop
-
-    @property
-    def weight(self) -> Tensor:
-        """`[out_features, in_features]`, unpacked anew on each access."""
-        return self.joined.packed.weight[self._start : self._stop]
-
-    def extra_repr(self) -> str:
-        """Which part."""
-        return f"{self._start}, {self._stop}"
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
-        part: Tensor = self.joined(rows, self._start, self._stop)
-        return part
 
 
 class Int8Linear(nn.Module):

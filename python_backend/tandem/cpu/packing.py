@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tandem.cpu.blocked_matrix import BlockedMatrix
-from tandem.cpu.linear import Int8Linear, JoinedLinear, LinearPart, PackedLinear
+from tandem.cpu.linear import Int8Linear, PackedLinear
 from tandem.cpu.tied_embedding import TiedEmbedding, read_from, tied_embedding
+from tandem.joined_linear import LinearPart, joined, split
 
 # Matrices of at least this size gain from 8 bits.
 _INT8_SIZE = 2**17
@@ -30,36 +28,6 @@ def keep_few_products() -> None:
     """
     for name, number in _KEPT_PRODUCTS.items():
         os.environ.setdefault(name, number)
-
-
-@contextmanager
-def joinable(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
-    """Sees which linear layers read the same rows in a pass; they are in the list afterwards."""
-    groups: list[list[nn.Linear]] = []
-    parents = {
-        child: parent
-        for parent in model.modules()
-        for child in parent.children()
-        if type(child) is nn.Linear
-    }
-    calls: list[tuple[nn.Linear, Tensor]] = []
-
-    def note(linear: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
-        # Keeps the rows, so that no others can lie in their place.
-        calls.append((linear, arguments[0]))
-
-    hooks = [linear.register_forward_pre_hook(note) for linear in parents]
-    try:
-        yield groups
-    finally:
-        for hook in hooks:
-            hook.remove()
-    times = Counter(linear for linear, _ in calls)
-    found: dict[tuple[nn.Module, int, bool], list[nn.Linear]] = defaultdict(list)
-    for linear, rows in calls:
-        if times[linear] == 1:
-            found[parents[linear], id(rows), linear.bias is None].append(linear)
-    groups += [group for group in found.values() if len(group) > 1]
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -89,10 +57,7 @@ def pack_linears(
     assert keep is None or not groups
     parts: dict[nn.Module, LinearPart] = {}
     for group in groups:
-        joined, start = JoinedLinear(group), 0
-        for linear in group:
-            parts[linear] = LinearPart(joined, start, start + linear.out_features)
-            start += linear.out_features
+        parts |= split(PackedLinear(joined(group)), group)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if child in parts:

@@ -29,7 +29,6 @@ from tandem.cpu.kernels import (
 from tandem.cpu.packing import (
     can_pack,
     head_matrix,
-    joinable,
     keep_few_products,
     pack_drafter,
     pack_model,
@@ -41,6 +40,7 @@ from tandem.cpu.products import (
     use_own_products,
 )
 from tandem.errors import UnsupportedModelError
+from tandem.joined_linear import joinable
 from tandem.machine import cpu_name
 
 logger = logging.getLogger("tandem")
@@ -84,7 +84,7 @@ class CPUWing:
         keep_few_products()
 
     def joinable(self, model: nn.Module) -> AbstractContextManager[list[list[nn.Linear]]]:
-        """Sees in a pass which linear layers read the same rows; see `packing.joinable`."""
+        """Sees in a pass which linear layers read the same rows; see `joined_linear.joinable`."""
         return joinable(model)
 
     def prepare(self, model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
@@ -152,6 +152,9 @@ class CPUWing:
     def attention_kernel(self, dtype: torch.dtype) -> AttentionKernel | None:
         """Attention over the pool in place, or None if there is none."""
         return attention_kernel(self._device, dtype)
+
+    def write_kv(self) -> None:
+        """There is nothing better than torch's operations."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tandem.cuda.kernels import attend_parts, join_parts
+from tandem.cuda.kernels import attend_parts, join_parts, write_kv
 
 # Programs that share the keys of a query: split `s` is read by program `s % _NUM_PARTS`.
 _NUM_PARTS = 8
@@ -28,6 +28,8 @@ _SPLIT = 512
 # Rows of queries that read keys together, one for each token and head, where there are so many.
 _MIN_ROWS, _MAX_ROWS = 16, 32
 _MAX_REGISTERS = 255
+# Elements that a program rotates or writes, where one head has no more.
+_TILE_ELEMENTS = 1024
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -154,3 +156,41 @@ class PagedAttention:
 def paged_attention(dtype: torch.dtype) -> PagedAttention | None:
     """The kernel, for types that it multiplies."""
     return PagedAttention() if dtype in _DTYPES else None
+
+
+def write_to_pool(
+    key_states: Tensor, value_states: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> None:
+    """Writes K and V `[1, num_kv_heads, num_tokens, head_dim]` in one launch.
+
+    Args:
+        keys, values: a layer's pool, `[num_slots, num_kv_heads, head_dim]`, contiguous.
+        slots: `[num_tokens]`.
+    """
+    _, num_kv_heads, num_tokens, head_dim = key_states.shape
+    if key_states.stride(3) != 1 or value_states.stride(3) != 1:
+        key_states, value_states = key_states.contiguous(), value_states.contiguous()
+    num_elements, tile_heads = tile_of_heads(head_dim, num_kv_heads)
+    write_kv[(num_tokens, triton.cdiv(num_kv_heads, tile_heads))](
+        key_states,
+        value_states,
+        keys,
+        values,
+        slots,
+        num_kv_heads,
+        key_states.stride(2),
+        key_states.stride(1),
+        value_states.stride(2),
+        value_states.stride(1),
+        HEAD_DIM=head_dim,
+        NUM_ELEMENTS=num_elements,
+        TILE_HEADS=tile_heads,
+        num_warps=4,
+    )
+
+
+def tile_of_heads(head_dim: int, num_heads: int) -> tuple[int, int]:
+    """Elements of a head, filled up to a power of 2, and how many heads a program has."""
+    num_elements = triton.next_power_of_2(head_dim)
+    most = max(1, _TILE_ELEMENTS // num_elements)
+    return num_elements, min(most, triton.next_power_of_2(num_heads))

@@ -183,24 +183,153 @@ def join_parts(
     tl.store(output + place, result / total, mask=has_element)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_inner"])
 def rms_norm(
-    rows,  # [num_rows, DIM]
-    output,
-    gain,  # [DIM], float32
+    rows,  # [num_outer, num_inner, DIM], with strides
+    output,  # [num_outer, num_inner, DIM]
+    gain,  # [DIM], float32, or None for ones
+    residual,  # [num_outer, num_inner, DIM], or None
     eps,
+    num_inner,
+    outer_stride,
+    inner_stride,
     DIM: tl.constexpr,
     NUM_ELEMENTS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """One row; with `ROUNDS` the quotient is rounded before it is multiplied."""
+    """One row, and a residual; with `ROUNDS` the quotient is rounded before it is multiplied."""
     elements = tl.arange(0, NUM_ELEMENTS)
     has_element = elements < DIM
-    place = tl.program_id(0).to(tl.int64) * DIM + elements
-    row = tl.load(rows + place, mask=has_element, other=0.0)
+    number = tl.program_id(0).to(tl.int64)
+    place = number // num_inner * outer_stride + number % num_inner * inner_stride
+    row = tl.load(rows + place + elements, mask=has_element, other=0.0)
     values = row.to(tl.float32)
-    quotient = values * tl.rsqrt(tl.sum(values * values, 0) / DIM + eps)
+    result = values * tl.rsqrt(tl.sum(values * values, 0) / DIM + eps)
     if ROUNDS:
-        quotient = quotient.to(row.dtype).to(tl.float32)
-    result = quotient * tl.load(gain + elements, mask=has_element, other=0.0)
-    tl.store(output + place, result.to(row.dtype), mask=has_element)
+        result = result.to(row.dtype).to(tl.float32)
+    if gain is not None:
+        result *= tl.load(gain + elements, mask=has_element, other=0.0)
+    if residual is not None:
+        more = tl.load(residual + number * DIM + elements, mask=has_element, other=0.0)
+        result = result.to(row.dtype).to(tl.float32) + more.to(tl.float32)
+    tl.store(output + number * DIM + elements, result.to(row.dtype), mask=has_element)
+
+
+@triton.jit
+def rotate(
+    query,  # [num_tokens, num_heads, HEAD_DIM], with strides
+    key,  # the same of its own heads, or None
+    cos,  # [num_tokens, HEAD_DIM], with a stride
+    sin,
+    query_output,  # [num_tokens, num_heads, HEAD_DIM]
+    key_output,
+    query_gain,  # [HEAD_DIM], float32, or None for ones: of the norm that comes before
+    key_gain,
+    eps,
+    num_heads,
+    num_key_heads,
+    query_token_stride,
+    query_head_stride,
+    key_token_stride,
+    key_head_stride,
+    cos_stride,
+    sin_stride,
+    HEAD_DIM: tl.constexpr,
+    NUM_ELEMENTS: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    IS_NORMED: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """A few heads of a token, normed first if need be: tiles of the query's come first."""
+    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    elements = tl.arange(0, NUM_ELEMENTS)
+    has_element = elements < HEAD_DIM
+    is_first = elements < HEAD_DIM // 2
+    others = tl.where(is_first, elements + HEAD_DIM // 2, elements - HEAD_DIM // 2)
+    c = tl.load(cos + token * cos_stride + elements, mask=has_element, other=0.0)
+    s = tl.load(sin + token * sin_stride + elements, mask=has_element, other=0.0)
+    source, target, gain = query + token * query_token_stride, query_output, query_gain
+    count, stride = num_heads, query_head_stride
+    if key is not None:
+        num_tiles = tl.cdiv(num_heads, TILE_HEADS)
+        if tile >= num_tiles:
+            source, target, gain = key + token * key_token_stride, key_output, key_gain
+            count, stride = num_key_heads, key_head_stride
+            tile -= num_tiles
+    heads = tile * TILE_HEADS + tl.arange(0, TILE_HEADS)
+    mask = (heads < count)[:, None] & has_element[None, :]
+    source += heads[:, None] * stride
+    loaded = tl.load(source + elements[None, :], mask=mask, other=0.0)
+    x = loaded.to(tl.float32)
+    other = tl.load(source + others[None, :], mask=mask, other=0.0).to(tl.float32)
+    if IS_NORMED:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
+        x, other = x * scale, other * scale
+        if ROUNDS:
+            x, other = x.to(loaded.dtype).to(tl.float32), other.to(loaded.dtype).to(tl.float32)
+        if query_gain is not None:
+            x *= tl.load(gain + elements, mask=has_element, other=0.0)[None, :]
+            other *= tl.load(gain + others, mask=has_element, other=0.0)[None, :]
+        x, other = x.to(loaded.dtype).to(tl.float32), other.to(loaded.dtype).to(tl.float32)
+    # Each product is rounded, as torch does.
+    straight = (x * c.to(tl.float32)[None, :]).to(loaded.dtype).to(tl.float32)
+    crossed = tl.where(is_first[None, :], -other, other) * s.to(tl.float32)[None, :]
+    result = straight + crossed.to(loaded.dtype).to(tl.float32)
+    place = (token * count + heads[:, None]) * HEAD_DIM + elements[None, :]
+    tl.store(target + place, result.to(loaded.dtype), mask=mask)
+
+
+@triton.jit
+def gate(
+    rows,  # [num_rows, SIZE], with a stride
+    factors,  # the same: what the activated rows are multiplied by
+    output,  # [num_rows, SIZE]
+    row_stride,
+    factor_stride,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    IS_GELU: tl.constexpr,
+):
+    """One tile of a row by SiLU, or by GELU as tanh approximates it."""
+    row = tl.program_id(0).to(tl.int64)
+    elements = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    has_element = elements < SIZE
+    rounded = tl.load(rows + row * row_stride + elements, mask=has_element, other=0.0)
+    factor = tl.load(factors + row * factor_stride + elements, mask=has_element, other=0.0)
+    x = rounded.to(tl.float32)
+    y = x
+    if IS_GELU:
+        # x * (1 + tanh(y)) / 2 is x * sigmoid(2 * y).
+        y = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    shrunk = tl.exp(-tl.abs(y))
+    result = x * tl.where(y < 0, shrunk, 1.0) / (1.0 + shrunk)
+    result = result.to(rounded.dtype).to(tl.float32) * factor.to(tl.float32)
+    tl.store(output + row * SIZE + elements, result.to(rounded.dtype), mask=has_element)
+
+
+@triton.jit
+def write_kv(
+    key,  # [num_tokens, num_kv_heads, HEAD_DIM], with strides
+    value,
+    keys,  # [num_slots, num_kv_heads, HEAD_DIM]
+    values,
+    slots,  # [num_tokens], int64
+    num_kv_heads,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    HEAD_DIM: tl.constexpr,
+    NUM_ELEMENTS: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+):
+    """Keys and values of a few heads of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    heads = (tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS))[:, None]
+    elements = tl.arange(0, NUM_ELEMENTS)[None, :]
+    mask = (heads < num_kv_heads) & (elements < HEAD_DIM)
+    target = (tl.load(slots + token) * num_kv_heads + heads) * HEAD_DIM + elements
+    source = key + token * key_token_stride + heads * key_head_stride + elements
+    tl.store(keys + target, tl.load(source, mask=mask), mask=mask)
+    source = value + token * value_token_stride + heads * value_head_stride + elements
+    tl.store(values + target, tl.load(source, mask=mask), mask=mask)

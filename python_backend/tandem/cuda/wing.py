@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from tandem.cache.kv_cache import KVCache
+from tandem.cache.kv_cache import KVCache, WriteKV
 from tandem.cuda.round_tools import RoundTools
 from tandem.errors import UnsupportedModelError
+from tandem.joined_linear import join, joinable
 
 if TYPE_CHECKING:
     from tandem.cuda.attention import PagedAttention
@@ -56,16 +57,21 @@ class CUDAWing:
         """Prepares the process, before it loads a model."""
 
     def joinable(self, model: nn.Module) -> AbstractContextManager[list[list[nn.Linear]]]:
-        """Sees in a pass which linear layers read the same rows; here it's of no use."""
-        return nullcontext([])
+        """Sees in a pass which linear layers read the same rows."""
+        return joinable(model)
 
     def prepare(self, model: PreTrainedModel, groups: Items[Items[nn.Linear]]) -> None:
-        """Lays a loaded model out for the device; it computes what it did."""
-        _fuse_norms(model)
+        """Lays a loaded model out for the device; it computes what it did.
+
+        Args:
+            groups: what `joinable` saw.
+        """
+        _fuse(model)
+        join(model, groups)
 
     def prepare_drafter(self, drafter: PreTrainedModel, keep: nn.Module | None = None) -> None:
         """Lays a drafter out for the device."""
-        _fuse_norms(drafter)
+        _fuse(drafter)
 
     def likeliest_token(self, head: nn.Module) -> None:
         """There is no way to the likeliest token but by all logits."""
@@ -102,6 +108,14 @@ class CUDAWing:
         from tandem.cuda.attention import paged_attention
 
         return paged_attention(dtype)
+
+    def write_kv(self) -> WriteKV | None:
+        """Writes K and V in one launch; None where the Triton language isn't there."""
+        if not _HAS_KERNELS:
+            return None
+        from tandem.cuda.attention import write_to_pool
+
+        return write_to_pool
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
@@ -149,8 +163,13 @@ class CUDAWing:
         return max(0, int(total * utilization) - outside - peak - (peak - before))
 
 
-def _fuse_norms(model: nn.Module) -> None:
+def _fuse(model: nn.Module) -> None:
+    """Lets one launch compute what torch takes several for, where both agree."""
     if _HAS_KERNELS:
+        from tandem.cuda.mlp import fuse_mlps
         from tandem.cuda.norms import fuse_norms
+        from tandem.cuda.rotary import fuse_rotary
 
         fuse_norms(model)
+        fuse_rotary(model)
+        fuse_mlps(model)

@@ -121,6 +121,7 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
             dtype,
             device,
             has_scratch=wing.round_tools(dtype) is not None,
+            write=wing.write_kv(),
         )
         each.set_attn_implementation(ATTENTION)
         check_paged(each, cache, expected)

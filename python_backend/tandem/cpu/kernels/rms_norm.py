@@ -30,6 +30,7 @@ class FusedRMSNorm(FusedNorm):
         if torch.compiler.is_exporting():
             original: Tensor = self.norm(rows)
             return original
+        assert self._gain is not None
         rows = rows.contiguous()
         output = torch.empty_like(rows)
         dim = rows.shape[-1]
@@ -52,6 +53,8 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 def _fused(norm: nn.Module, form: Form) -> FusedRMSNorm | None:
+    if form.offset is None:
+        return None
     weight = norm.get_parameter("weight")
     found = library(weight.device, weight.dtype)
     if found is None:
