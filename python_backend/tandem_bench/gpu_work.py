@@ -110,13 +110,23 @@ class _Counter(Launches):  # type: ignore[no-untyped-call]
     def count_kernel(self, name: str, arguments: dict[str, Any]) -> None:
         """K/V, parts and products of attention; logits that sampling reads."""
         if name in ("attend_parts", "join_parts"):
-            self._add(name, "parts", [arguments["parts"], arguments["states"]])
+            self._count_parts(name, arguments)
         if name == "attend_parts":
             window, causal = arguments["WINDOW"], arguments["CAUSAL"]
             self._count_attention(arguments["query"], arguments["keys"], window, causal)
         # In between a row is searched, for what is not known here.
         if name in ("find_maxima", "find_winners"):
             self._add(name, "logits", [arguments["logits"]])
+
+    def _count_parts(self, name: str, arguments: dict[str, Any]) -> None:
+        """Those that have a split of what the last query sees."""
+        parts, window = arguments["parts"], arguments["WINDOW"]
+        each = parts.shape[1] // self._load.num_sequences
+        length = self._context + (each if arguments["CAUSAL"] else 0)
+        first = max(0, length - window) if window else 0
+        num_splits = -(-length // arguments["SPLIT"]) - first // arguments["SPLIT"]
+        used = min(len(parts), num_splits)
+        self._add(name, "parts", [arguments["states"][:used], parts[:used]])
 
     def _count_attention(self, query: Tensor, keys: Tensor, window: int, causal: bool) -> None:
         _, num_heads, num_tokens, head_dim = query.shape

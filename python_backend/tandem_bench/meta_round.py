@@ -159,4 +159,5 @@ def _cache(shapes: list[LayerShape], dtype: torch.dtype, settings: EngineConfig)
         settings.max_num_seqs,
         settings.max_num_batched_tokens,
     )
-    return KVCache(shapes, groups, settings.block_size, dtype, _META, has_scratch=True)
+    write = CUDAWing(torch.device("cpu")).write_kv()
+    return KVCache(shapes, groups, settings.block_size, dtype, _META, has_scratch=True, write=write)

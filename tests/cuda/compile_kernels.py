@@ -1,6 +1,7 @@
 """Compiles the kernels for GPUs that need not be there; a JSON line for each.
 
-`compile_kernels.py 80 90 100` prints registers, bytes of stack and of shared memory.
+`compile_kernels.py 80` prints registers, bytes of stack and of shared memory for a compute
+capability; `gfx942` in its place is a GPU of AMD's, for which causal attention alone is compiled.
 """
 
 from __future__ import annotations
@@ -65,15 +66,20 @@ _HEAD_DIMS = _DIMS[:3]
 
 
 def main() -> None:
-    for target in map(int, sys.argv[1:]):
-        parts = compiled(target), compiled_layers(target), compiled_sampling(target)
-        for name, found in itertools.chain(*parts):
-            print(json.dumps({"name": name, **found}))
+    for name in sys.argv[1:]:
+        if name.isdigit():
+            target = GPUTarget("cuda", int(name), 32)
+            parts = [compiled(target), compiled_layers(target), compiled_sampling(target)]
+        else:
+            parts = [compiled(GPUTarget("hip", name, 64))]
+        for kernel, found in itertools.chain(*parts):
+            print(json.dumps({"name": kernel, **found}))
 
 
-def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
+def compiled(target: GPUTarget) -> Iterator[tuple[str, dict[str, int]]]:
     """All variants that a GPU of this compute capability would run."""
-    for (num_groups, head_dim), (kind, window, causal) in itertools.product(_SHAPES, _VARIANTS):
+    variants = _VARIANTS if target.backend == "cuda" else _VARIANTS[:1]
+    for (num_groups, head_dim), (kind, window, causal) in itertools.product(_SHAPES, variants):
         dtype = _DTYPES[kind]
         tiles = Tiles.of(num_groups, head_dim, dtype)
         constants = {
@@ -87,7 +93,8 @@ def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
         name = f"{num_groups} groups, {head_dim}, {kind}, window {window}, causal {causal}"
         pointers = {"query": kind, "keys": kind, "values": kind, "output": kind}
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-        options["maxnreg"] = attention._MAX_REGISTERS
+        if target.backend == "cuda":
+            options["maxnreg"] = attention._MAX_REGISTERS
         tile = {
             "BLOCK_SIZE": 16,
             "NUM_GROUPS": num_groups,
@@ -102,7 +109,7 @@ def compiled(target: int) -> Iterator[tuple[str, dict[str, int]]]:
             yield f"join {name}", _compile(join_parts, target, pointers, constants, {})
 
 
-def compiled_layers(target: int) -> Iterator[tuple[str, dict[str, int]]]:
+def compiled_layers(target: GPUTarget) -> Iterator[tuple[str, dict[str, int]]]:
     """What layers do beside attention, in bfloat16."""
     cases: list[tuple[Any, dict[str, Any], int]] = [
         (gate, {"SIZE": 6144, "TILE": 1024, "IS_GELU": is_gelu}, 4) for is_gelu in (False, True)
@@ -138,7 +145,7 @@ def compiled_layers(target: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield f"{kernel.__name__} {constants}", found
 
 
-def compiled_sampling(target: int) -> Iterator[tuple[str, dict[str, int]]]:
+def compiled_sampling(target: GPUTarget) -> Iterator[tuple[str, dict[str, int]]]:
     """The kernels of sampling: 262,144 tokens, and as many candidates whose tokens are given."""
     chunk = {"CHUNK_BLOCKS": sampling._CHUNK_BLOCKS}
     num_chunks = 1024 // sampling._CHUNK_BLOCKS
@@ -156,7 +163,11 @@ def compiled_sampling(target: int) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _compile(
-    kernel: Any, target: int, pointers: dict[str, str], constants: dict[str, Any], options: Any
+    kernel: Any,
+    target: GPUTarget,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    options: Any,
 ) -> dict[str, int]:
     types = _TYPES | {name: f"*{kind}" for name, kind in pointers.items()}
     types |= dict.fromkeys(constants, "constexpr")
@@ -168,7 +179,14 @@ def _compile(
         constexprs=constants,
         attrs={place: [["tt.divisibility", 16]] for place in aligned},
     )
-    found = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    found = triton.compile(source, target=target, options=options)
+    if target.backend == "hip":
+        said = found.asm["amdgcn"]
+        registers, stack = (
+            int(re.findall(rf"\.{name}:\s*(\d+)", said)[-1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return {"registers": registers, "stack": stack, "shared": found.metadata.shared}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
         file.flush()

@@ -14,20 +14,32 @@ import pytest
 _SHARED = 99 * 1024
 
 
+_SHARED_OF_AMD = 64 * 1024
+# Compute capabilities, and a GPU of AMD's.
+_TARGETS = ("80", "90", "100", "gfx942")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [80, 90, 100])
-def test_kernels_fit_and_do_not_spill(target: int, tmp_path: Path) -> None:
-    """In a process of its own, where the interpreter is off."""
+def test_kernels_fit_and_do_not_spill(tmp_path: Path) -> None:
+    """In processes of their own, where the interpreter is off."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    output = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(target)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-    found = [json.loads(line) for line in output.splitlines()]
-    assert len(found) > 40
-    assert [each for each in found if each["stack"] > 0] == []
-    assert [each for each in found if each["shared"] > _SHARED] == []
-    assert max(each["registers"] for each in found) > 64, "what is read is not what it seems"
+    script = Path(__file__).with_name("compile_kernels.py")
+    processes = {
+        target: subprocess.Popen(
+            [sys.executable, script, target], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for target in _TARGETS
+    }
+    for target, process in processes.items():
+        output, _ = process.communicate()
+        assert process.returncode == 0, target
+        found = [json.loads(line) for line in output.splitlines()]
+        if target.isdigit():
+            assert len(found) > 40, target
+            assert [each for each in found if each["stack"] > 0] == []
+            assert [each for each in found if each["shared"] > _SHARED] == []
+        else:
+            # Heads of 256 and 512 use the stack there.
+            assert len(found) > 10, target
+            assert [each for each in found if each["shared"] > _SHARED_OF_AMD] == []
+        assert max(each["registers"] for each in found) > 64, "what is read is not what it seems"

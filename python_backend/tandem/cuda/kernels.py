@@ -84,13 +84,15 @@ def attend_parts(
         first = tl.maximum(0, earliest - reach)
         firsts = tl.maximum(0, stops - reach)
 
+    # The first split of this part that is not before all that is seen.
+    split = first // SPLIT
+    split += (part - split % NUM_PARTS + NUM_PARTS) % NUM_PARTS
+    if split * SPLIT >= stop:
+        return
     highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     result = tl.zeros([TILE_ROWS, NUM_ELEMENTS], tl.float32)
     offsets = tl.arange(0, TILE_KEYS)
-    # The first split of this part that is not before all that is seen.
-    split = first // SPLIT
-    split += (part - split % NUM_PARTS + NUM_PARTS) % NUM_PARTS
     while split * SPLIT < stop:
         begin = tl.maximum(split * SPLIT, first // TILE_KEYS * TILE_KEYS)
         end = tl.minimum(split * SPLIT + SPLIT, stop)
@@ -167,17 +169,30 @@ def join_parts(
     if token >= tl.load(span) + tl.load(span + 1):
         tl.store(output + place, tl.zeros([NUM_ELEMENTS], tl.float32), mask=has_element)
         return
+    # The splits that the row sees, of which a part has every `NUM_PARTS`th.
+    num_queries, stop = tl.load(span + 1), tl.load(span + 2)
+    reach = WINDOW + 1
+    if CAUSAL:
+        stop += token - tl.load(span) - num_queries + 1
+        reach = WINDOW
+    first_split = 0
+    if WINDOW > 0:
+        first_split = tl.maximum(0, stop - reach) // SPLIT
+    num_splits = tl.cdiv(stop, SPLIT) - first_split
     highest = float("-inf")
     total = 0.0
     result = tl.zeros([NUM_ELEMENTS], tl.float32)
     for part in range(NUM_PARTS):
+        has_part = num_splits > (part - first_split % NUM_PARTS + NUM_PARTS) % NUM_PARTS
         at = (part * num_tokens + token).to(tl.int64) * num_heads + head
-        of_part = tl.load(states + 2 * at)
+        of_part = tl.where(has_part, tl.load(states + 2 * at), float("-inf"))
         higher = tl.maximum(highest, of_part)
         base = tl.where(higher == float("-inf"), 0.0, higher)
         share, share_of_part = tl.exp(highest - base), tl.exp(of_part - base)
-        total = total * share + tl.load(states + 2 * at + 1) * share_of_part
-        more = tl.load(parts + at * HEAD_DIM + elements, mask=has_element, other=0.0)
+        total_of_part = tl.where(has_part, tl.load(states + 2 * at + 1), 0.0)
+        total = total * share + total_of_part * share_of_part
+        is_read = elements < tl.where(has_part, HEAD_DIM, 0)
+        more = tl.load(parts + at * HEAD_DIM + elements, mask=is_read, other=0.0)
         result = result * share + more * share_of_part
         highest = higher
     tl.store(output + place, result / total, mask=has_element)
