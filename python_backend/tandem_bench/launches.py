@@ -23,8 +23,10 @@ _FORBIDDEN = frozenset(
 )
 # No work on a device.
 _FREE = frozenset(
-    {"empty", "new_empty", "empty_like", "detach", "lift_fresh", "view", "_unsafe_view", "to"}
+    {"empty", "new_empty", "empty_like", "detach", "detach_", "lift_fresh", "view", "_unsafe_view"}
 )
+# None where they give what they got.
+_COPIES = frozenset({"contiguous", "flatten", "reshape", "to", "type_as"})
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -57,7 +59,10 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in outputs:
             if (place := storage_of(tensor)) not in self.outside:
                 self._made[place] = tensor
-        if not func.is_view and name not in _FREE:
+        is_free = func.is_view or name in _FREE
+        if name in _COPIES:
+            is_free = storage_of(result) == storage_of(inputs[0])
+        if not is_free:
             self.note(name, *inputs, *outputs)
             self.count_operation(func, args, inputs, outputs)
         return result

@@ -22,6 +22,7 @@ from tandem.cache.kv_cache import KVCache, LayerShape
 from tandem.cache.layer_groups import plan_groups, windows_of
 from tandem.cuda.attention import PagedAttention
 from tandem.cuda.round_tools import RoundTools
+from tandem.cuda.sampling import choose
 from tandem.cuda.wing import CUDAWing
 from tandem.drafters.mtp import Gemma4Drafter
 from tandem.models.attention import ATTENTION
@@ -79,7 +80,7 @@ class MetaRound:
             Verifier(verifier, head, cache),
             [Gemma4Drafter(assistant, verifier, cache)],
             state,
-            RoundTools(PagedAttention(), _META),
+            RoundTools(PagedAttention(), choose, _META),
             settings.max_num_batched_tokens,
         )
 

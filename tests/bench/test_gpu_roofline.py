@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from cuda_wing import HostTools, InterpretedWing, cuda_wing
 from tandem import Engine
+from tandem.cuda import sampling
 from tandem.cuda.attention import PagedAttention
 from tandem.models.checkpoint import load_model
 from tandem.rounds.device import DeviceRound
@@ -33,10 +34,10 @@ class KernelTools(HostTools):
     """The wing's kernels, for whose results something stands that can be an index."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(PagedAttention(), device)
+        super().__init__(PagedAttention(), self._choose, device)
 
-    def choose(self, *columns: Any) -> Tensor:
-        chosen = super().choose(*columns)
+    def _choose(self, *columns: Any, token_ids: Any) -> Tensor:
+        chosen = sampling.choose(*columns, token_ids)
         with _disable_current_modes():
             return chosen.zero_()
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_interpreter
 from cuda_wing import cuda_wing
 from tandem import Engine, SamplingParams
-from tandem.cuda import attention, mlp, norms, rotary
 from tandem.cuda.attention import write_to_pool
 from tandem.cuda.mlp import FusedMLP, fuse_mlps
 from tandem.cuda.norms import FusedRMSNorm, fuse_norms
@@ -23,67 +19,12 @@ from tandem.cuda.rotary import fuse_rotary
 from tandem.models.attention import PackedBatch, Span
 from tandem.models.packed_pass import packed_logits
 from tandem.requests.sequence import BlockTable
+from tandem_bench.launches import Launches, noted_kernels
 from tiny_engines import Engines, TinyModels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there it is the wing")
 PARAMS = SamplingParams(max_tokens=4, temperature=0.8, seed=3, ignore_eos=True)
 PROMPTS = [[3 + n] * (5 + 9 * n) for n in range(2)]
-# What reads a value back, or has a shape that depends on data: neither can be in a CUDA graph.
-_FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item")
-
-
-# No work on a device.
-_FREE = ("empty", "new_empty", "empty_like", "detach", "detach_", "lift_fresh", "reshape", "to")
-# Where they change nothing they give what they got.
-_COPIES = ("contiguous", "flatten", "reshape", "to", "type_as")
-
-
-class Counted(TorchDispatchMode):
-    """Counts what would be launched, and what a CUDA graph can't hold.
-
-    Kernels in the Triton language are counted and not run: the interpreter runs torch's operations.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        for module, kernel in (
-            (attention, "attend_parts"),
-            (attention, "join_parts"),
-            (attention, "write_kv"),
-            (norms, "rms_norm"),
-            (rotary, "rotate"),
-            (mlp, "gate"),
-        ):
-            monkeypatch.setattr(module, kernel, _Launcher(kernel, self.counts))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        indexed = args[1] if name in ("index", "index_put_") else ()
-        assert all(i is None or i.dtype != torch.bool for i in indexed), "indexed by a mask"
-        result = func(*args, **(kwargs or {}))
-        is_free = func.is_view or name in _FREE or name in _COPIES
-        if is_free and name in _COPIES:
-            is_free = result.data_ptr() == args[0].data_ptr()
-        if not is_free:
-            self.counts[name] += 1
-        return result
-
-    @property
-    def forbidden(self) -> list[str]:
-        return [name for name in self.counts if name in _FORBIDDEN]
-
-
-class _Launcher:
-    def __init__(self, name: str, counts: Counter[str]) -> None:
-        self._name = name
-        self._counts = counts
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self._launch
-
-    def _launch(self, *_: object, **__: object) -> None:
-        self._counts[self._name] += 1
 
 
 def answers(engine: Engine, drafter: str) -> list[list[int]]:
@@ -124,11 +65,11 @@ def test_a_pass_could_be_in_a_graph(
             windows=cache.windows,
         )
         packed.spans()
-        with torch.inference_mode(), Counted(monkeypatch) as counted:
+        with torch.inference_mode(), Launches() as launches, noted_kernels(launches):
             packed_logits(model, cache, packed, [3, 4, 5], [4, 5, 6], [2])
-    assert counted.forbidden == []
+    assert launches.refused == []
     num_layers = model.config.get_text_config().num_hidden_layers
-    assert counted.counts.total() / num_layers < most
+    assert launches.counts.total() / num_layers < most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -262,9 +203,9 @@ def test_an_activation_is_multiplied_in_the_same_launch(
     rows, factors = torch.randn(1, 5, 8), torch.randn(1, 5, 3, 8)[:, :, 1]
     torch.testing.assert_close(layer.act_fn(rows) * factors, original(rows) * factors)
     torch.testing.assert_close(layer.act_fn(rows) + factors, original(rows) + factors)
-    with Counted(monkeypatch) as counted:
+    with Launches() as launches, noted_kernels(launches):
         layer.act_fn(rows) * factors
-    assert counted.counts == {"gate": 1}
+    assert launches.counts == {"gate": 1}
 
 
 def test_a_rotation_that_is_another_stays(

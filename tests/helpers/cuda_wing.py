@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tandem import wing
 from tandem.cpu.kernels import attention_kernel
 from tandem.cuda.round_tools import RoundTools
+from tandem.cuda.sampling import choose
 from tandem.cuda.wing import CUDAWing
 from tandem.sampling.noise import splitmix64
 from tandem.sampling.sample import _Rows, _sample_rows, largest
@@ -70,7 +71,7 @@ class InterpretedWing(CUDAWing):
 
     def round_tools(self, dtype: torch.dtype) -> RoundTools | None:
         kernel = self.attention_kernel(dtype)
-        return None if kernel is None else HostTools(kernel, self._device)
+        return None if kernel is None else HostTools(kernel, choose, self._device)
 
     def free_bytes(self) -> int:
         return psutil.virtual_memory().available
@@ -81,29 +82,23 @@ class InterpretedWing(CUDAWing):
         return wanted
 
 
-class QuickTools(HostTools):
-    """Samples as a CPU does."""
-
-    def choose(
-        self,
-        logits: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        temperatures: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        log_min_p: Tensor,
-        token_ids: Tensor | None = None,
-    ) -> Tensor:
-        chosen, values = largest(logits)
-        index = temperatures.nonzero().squeeze(1)
-        if len(index):
-            columns = (temperatures, top_k, top_p, log_min_p)
-            key = splitmix64(seeds[index], positions[index]).unsqueeze(1)
-            rows = _Rows(index, key, *(column[index].unsqueeze(1) for column in columns))
-            ids = None if token_ids is None else token_ids[index]
-            chosen[index] = _sample_rows(logits[index], rows, ids)
-        return chosen.where(values.isfinite(), -1)
+def choose_as_a_cpu(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperatures: Tensor,
+    *limits: Tensor,
+    token_ids: Tensor | None = None,
+) -> Tensor:
+    """What `tandem.cuda.sampling.choose` does, by the CPU's own."""
+    chosen, values = largest(logits)
+    index = temperatures.nonzero().squeeze(1)
+    if len(index):
+        columns = (column[index].unsqueeze(1) for column in (temperatures, *limits))
+        key = splitmix64(seeds[index], positions[index]).unsqueeze(1)
+        ids = None if token_ids is None else token_ids[index]
+        chosen[index] = _sample_rows(logits[index], _Rows(index, key, *columns), ids)
+    return chosen.where(values.isfinite(), -1)
 
 
 class QuickWing(InterpretedWing):
@@ -123,7 +118,7 @@ class QuickWing(InterpretedWing):
 
     def round_tools(self, dtype: torch.dtype) -> RoundTools | None:
         kernel = self.attention_kernel(dtype)
-        return None if kernel is None else QuickTools(kernel, self._device)
+        return None if kernel is None else HostTools(kernel, choose_as_a_cpu, self._device)
 
 
 @contextmanager

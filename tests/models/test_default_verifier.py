@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from default_model import SMALL
 from tandem import Engine, EngineConfig, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +28,7 @@ PROMPTS = [
 def test_default_verifier_greedy_and_sampled() -> None:
     config = EngineConfig.from_json(ROOT / "model_repository/tandem/1/model.json")
     assert config.drafter_name == "mtp"
-    engine = Engine(replace(config, **SMALL))
+    engine = Engine(replace(config, dtype="float32", max_num_seqs=4, max_model_len=256))
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     sampled = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, seed=3, ignore_eos=True)
     for params in (greedy, sampled):

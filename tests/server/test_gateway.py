@@ -25,7 +25,6 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from default_model import write_default_model
 from http_process import post_from_a_process
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
@@ -307,7 +306,7 @@ def test_an_absent_server_is_unavailable() -> None:
     assert "no server answers at 127.0.0.1:9" in answer.json()["error"]["message"]
 
 
-def test_the_chat_page(find_tool: Callable[[str], str], tmp_path: Path) -> None:
+def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
     """A text is continued in headless Chromium, by the default models; accepted text is tinted.
 
     It writes the documentation's screenshot when SCREENSHOT=1.
@@ -318,7 +317,7 @@ def test_the_chat_page(find_tool: Callable[[str], str], tmp_path: Path) -> None:
         options.add_argument(argument)
     service = webdriver.ChromeService(find_tool("chromedriver"))
     with (
-        TritonServer(write_default_model(tmp_path)) as server,
+        TritonServer(ROOT / "model_repository") as server,
         gateway(server, "tandem") as url,
         webdriver.Chrome(options=options, service=service) as browser,
     ):

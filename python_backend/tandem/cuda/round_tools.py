@@ -44,29 +44,16 @@ class RoundTools:
 
     Attributes:
         attend: attention over the block pool.
+        choose: samples; see `tandem.cuda.sampling.choose`.
     """
 
-    def __init__(self, attend: PagedAttention, device: torch.device) -> None:
+    def __init__(
+        self, attend: PagedAttention, choose: Callable[..., Tensor], device: torch.device
+    ) -> None:
         self.attend = attend
+        self.choose = choose
         self._device = device
         self._pool: Any = None
-
-    def choose(
-        self,
-        logits: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        temperatures: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        log_min_p: Tensor,
-        token_ids: Tensor | None = None,
-    ) -> Tensor:
-        """See `tandem.cuda.sampling.choose`."""
-        from tandem.cuda.sampling import choose
-
-        columns = (temperatures, top_k, top_p, log_min_p)
-        return choose(logits, seeds, positions, *columns, token_ids)
 
     def graph(self, run: Callable[[], T]) -> Callable[[], T]:
         """Captures what `run` launches; see `CUDAGraph`.

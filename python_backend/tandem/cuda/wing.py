@@ -132,7 +132,11 @@ class CUDAWing:
     def round_tools(self, dtype: torch.dtype) -> RoundTools | None:
         """What whole rounds on the device are made with; None where they can't run."""
         kernel = self.attention_kernel(dtype)
-        return None if kernel is None else RoundTools(kernel, self._device)
+        if kernel is None:
+            return None
+        from tandem.cuda.sampling import choose
+
+        return RoundTools(kernel, choose, self._device)
 
     # --- memory
 

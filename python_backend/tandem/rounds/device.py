@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -135,9 +136,9 @@ class DeviceRound(Round):
         self._lookahead.settle(batch)
         seen = [s for s in self._order if self._needs_host(s) and s.yields_token]
         selections = select(output, seen, self._eos_token_ids) if seen else {}
-        tokens = self._state.results.host["tokens"].tolist()
+        tokens = self._results("tokens")
         found: dict[ScheduledSequence, Verdict] = {}
-        for scheduled, row in zip(self._order, tokens, strict=False):
+        for scheduled, row in zip(self._order, tokens, strict=True):
             if scheduled.yields_token:
                 selection = selections.get(scheduled) or Selection(row[: scheduled.num_rows])
                 found[scheduled] = verdict(scheduled, selection, self._rates)
@@ -293,11 +294,15 @@ class DeviceRound(Round):
 
     # --- behind the pass
 
+    def _results(self, name: str) -> list[Any]:
+        """What was read for each place of the batch."""
+        found: list[Any] = self._state.results.host[name][: len(self._order)].tolist()
+        return found
+
     def _take_drafts(self) -> None:
         """Writes down what was guessed, and what of it was verified."""
-        results = self._state.results.host
-        columns = (results[name].tolist() for name in ("num_drafts", "drafts", "confidences"))
-        for scheduled, num_drafts, *draft in zip(self._order, *columns, strict=False):
+        columns = map(self._results, ("num_drafts", "drafts", "confidences"))
+        for scheduled, num_drafts, *draft in zip(self._order, *columns, strict=True):
             if scheduled in self._models and not scheduled.draft.token_ids:
                 scheduled.draft = Draft(*draft).first(scheduled.num_draft_tokens)
             scheduled.num_draft_tokens = num_drafts

@@ -255,7 +255,7 @@ class Programs:
             top_k,
             top_p.float(),
             log_min_p.float(),
-            token_ids,
+            token_ids=token_ids,
         )
 
     def _draw(self, positions: Tensor, logits: Tensor, token_ids: Tensor | None) -> Guess:
