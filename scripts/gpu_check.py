@@ -35,7 +35,7 @@ def main() -> int:
     if torch.cuda.is_available():
         return run(output)
     # What the tests have in a card's place.
-    from cuda_wing import QuickWing, cuda_wing  # type: ignore[import-untyped]
+    from cuda_wing import QuickWing, cuda_wing
 
     with cuda_wing(QuickWing):
         return run(output)
