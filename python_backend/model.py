@@ -47,6 +47,7 @@ from tandem_triton.log import log_to_server
 from tandem_triton.metrics import MetricsExporter
 from tandem_triton.outbox import Outbox
 from tandem_triton.ping import answer_ping
+from tandem_triton.queries import Query, is_query
 from tandem_triton.request import Request
 from tandem_triton.shutdown import Drain
 from tandem_triton.signals import ShutdownSignal
@@ -168,12 +169,15 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> Coroutine[Any, Any, None] | None:
         """Refuses what the queue has no room for, and returns what runs the others to their end."""
         asked = [each for each in requests if not answer_ping(each, self._not_ready())]
-        arrived = [(Request(request, self._metrics), request) for request in asked]
+        arrived = [(self._receive(request), request) for request in asked]
         admitted = [pair for pair in arrived if self._has_room(pair[0])]
         # The stub never forgets a coroutine that ends before it is noted down.
         return self._serve(admitted) if admitted else None
 
-    def _has_room(self, request: Request) -> bool:
+    def _receive(self, request: Any) -> Request | Query:
+        return Query(request) if is_query(request) else Request(request, self._metrics)
+
+    def _has_room(self, request: Request | Query) -> bool:
         with self._lock:
             num_waiting = len(self._requests) + self._num_reading - self._engine.config.max_num_seqs
             if num_waiting < self._max_queue_size:
@@ -223,16 +227,19 @@ class TritonPythonModel:
 
     # --- on the event loop, and the thread that steps
 
-    async def _serve(self, arrived: list[tuple[Request, Any]]) -> None:
+    async def _serve(self, arrived: list[tuple[Request | Query, Any]]) -> None:
         await asyncio.gather(*(self._serve_one(*pair) for pair in arrived))
 
-    async def _serve_one(self, request: Request, triton_request: Any) -> None:
+    async def _serve_one(self, request: Request | Query, triton_request: Any) -> None:
         await self._run(await self._admit(request, triton_request))
 
-    async def _admit(self, request: Request, triton_request: Any) -> list[Sequence]:
-        """The sequences that a request asks for, which the engine has then."""
+    async def _admit(self, request: Request | Query, triton_request: Any) -> list[Sequence]:
+        """The sequences that a request asks for, which the engine has then; a query has none."""
         run = asyncio.get_running_loop().run_in_executor
         try:
+            if isinstance(request, Query):
+                await run(self._readers, request.answer, triton_request, self._engine)
+                return []
             await run(self._readers, request.read, triton_request)
             readers = self._guide_readers if request.has_guide else self._readers
             sequences = await run(readers, self._make_sequences, request, triton_request)
@@ -353,7 +360,7 @@ def _be_nice() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _READERS_NICENESS)
 
 
-def _refuse(request: Request, error: TandemError) -> None:
+def _refuse(request: Request | Query, error: TandemError) -> None:
     """Ends a request that was not admitted; a response that can't be sent harms no other."""
     try:
         request.fail(error)

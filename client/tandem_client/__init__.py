@@ -17,6 +17,7 @@ from tandem_client.errors import (
 )
 from tandem_client.options import Options, Prompt
 from tandem_client.protocol import Chunk, Completion
+from tandem_client.queries import Description, Tokens
 
 
 def generate(
@@ -50,12 +51,14 @@ __all__ = [
     "Chunk",
     "Client",
     "Completion",
+    "Description",
     "Options",
     "Prompt",
     "RequestError",
     "RequestTimeoutError",
     "ServerUnavailableError",
     "TandemClientError",
+    "Tokens",
     "generate",
     "stream",
 ]

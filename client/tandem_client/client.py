@@ -5,20 +5,29 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tandem_client.heartbeat import TICK_SECONDS, Deaths, Heartbeat, make_ping, says_ready
 from tandem_client.options import Options, Prompt
-from tandem_client.protocol import Chunk, Completion, Exchange
+from tandem_client.protocol import Chunk, Completion, Exchange, ask_for_text
+from tandem_client.queries import (
+    Description,
+    Tokens,
+    TokensOptions,
+    describe,
+    detokenize,
+    tokenize,
+)
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_MODEL = "tandem"
+_T = TypeVar("_T")
 _READY_SECONDS = 5.0
 
 # The stub rather than tritonclient's own streams: those allow one request at a time, lose errors
@@ -51,7 +60,7 @@ class Client:
             TandemClientError: see `tandem_client.errors`.
         """
         start = time.monotonic()
-        chunks = list(self._request(prompt, False, options))
+        chunks = list(self._run(ask_for_text(self.url, self.model, prompt, False, options)))
         return Completion.of(chunks, time.monotonic() - start)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
@@ -60,7 +69,31 @@ class Client:
         Raises:
             TandemClientError: see `tandem_client.errors`.
         """
-        return self._request(prompt, True, options)
+        return self._run(ask_for_text(self.url, self.model, prompt, True, options))
+
+    def describe(self) -> Description:
+        """What the model is.
+
+        Raises:
+            TandemClientError: see `tandem_client.errors`.
+        """
+        return self._only(describe(self.url, self.model))
+
+    def tokenize(self, prompt: Prompt, **options: Unpack[TokensOptions]) -> Tokens:
+        """The tokens that `prompt` is to the model.
+
+        Raises:
+            TandemClientError: see `tandem_client.errors`.
+        """
+        return self._only(tokenize(self.url, self.model, prompt, options))
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones included.
+
+        Raises:
+            TandemClientError: see `tandem_client.errors`.
+        """
+        return self._only(detokenize(self.url, self.model, token_ids))
 
     def close(self) -> None:
         """Closes the connection; running requests are cancelled."""
@@ -77,10 +110,12 @@ class Client:
     ) -> None:
         self.close()
 
-    def _request(
-        self, prompt: Prompt, stream: bool, options: Options
-    ) -> Generator[Chunk, None, None]:
-        exchange = Exchange(self.url, self.model, prompt, stream, options)
+    def _only(self, exchange: Exchange[_T]) -> _T:
+        # To the stream's end; see `Exchange.read`.
+        (answer,) = self._run(exchange)
+        return answer
+
+    def _run(self, exchange: Exchange[_T]) -> Generator[_T, None, None]:
         heartbeat = Heartbeat(self.url, self.model, self._deaths)
         done = threading.Event()
 
@@ -134,12 +169,25 @@ class AsyncClient:
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """The whole answer to `prompt`; raises as `Client.generate` does."""
         start = time.monotonic()
-        chunks = [chunk async for chunk in self._request(prompt, False, options)]
+        exchange = ask_for_text(self.url, self.model, prompt, False, options)
+        chunks = [chunk async for chunk in self._run(exchange)]
         return Completion.of(chunks, time.monotonic() - start)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
         """The answer as it comes; raises as `Client.stream` does."""
-        return self._request(prompt, True, options)
+        return self._run(ask_for_text(self.url, self.model, prompt, True, options))
+
+    async def describe(self) -> Description:
+        """What the model is; raises as `Client.describe` does."""
+        return await self._only(describe(self.url, self.model))
+
+    async def tokenize(self, prompt: Prompt, **options: Unpack[TokensOptions]) -> Tokens:
+        """The tokens that `prompt` is to the model; raises as `Client.tokenize` does."""
+        return await self._only(tokenize(self.url, self.model, prompt, options))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens; raises as `Client.detokenize` does."""
+        return await self._only(detokenize(self.url, self.model, token_ids))
 
     async def is_ready(self) -> bool:
         """Whether the server answers, its model's process lives, and takes requests."""
@@ -171,10 +219,11 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _request(
-        self, prompt: Prompt, stream: bool, options: Options
-    ) -> AsyncGenerator[Chunk, None]:
-        exchange = Exchange(self.url, self.model, prompt, stream, options)
+    async def _only(self, exchange: Exchange[_T]) -> _T:
+        (answer,) = [answer async for answer in self._run(exchange)]
+        return answer
+
+    async def _run(self, exchange: Exchange[_T]) -> AsyncGenerator[_T, None]:
         heartbeat = Heartbeat(self.url, self.model, self._deaths)
         done = asyncio.Event()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import InferResult, service_pb2
@@ -110,27 +110,34 @@ class Completion:
         return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
 
 
-class Exchange:
+_T = TypeVar("_T")
+
+
+class Exchange(Generic[_T]):
     """One request and the reading of its responses, in whatever way they travel.
 
     Args:
         url: the server's address, for error messages.
-
-    Raises:
-        RequestError: the prompt has characters that UTF-8 can't hold.
+        request: what is sent, with these headers.
+        read: what a response with outputs says.
     """
 
     def __init__(
-        self, url: str, model: str, prompt: Prompt, stream: bool, options: Options
+        self,
+        url: str,
+        request: Any,
+        read: Callable[[InferResult], list[_T]],
+        metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
         self._url = url
         self._answered = self._ended = False
         self._refusal: RequestError | None = None
-        self.metadata = make_metadata(prompt, options)
-        self.request = make_request(model, prompt, stream=stream, options=options)
+        self._read = read
+        self.metadata = metadata
+        self.request = request
 
-    def read(self, message: Any) -> list[Chunk]:
-        """One response's chunks; none for an error or one that only marks the end.
+    def read(self, message: Any) -> list[_T]:
+        """What one response says; nothing for an error or one that only marks the end.
 
         After an error, read on: Triton loses track of a request whose stream is cancelled in the
         instant of its last response, and then its shutdown takes until the exit timeout.
@@ -143,7 +150,7 @@ class Exchange:
         # Reading an absent key of the map would add it.
         if "triton_final_response" in response.parameters:
             self._ended = response.parameters["triton_final_response"].bool_param
-        return read_chunks(InferResult(response)) if response.outputs else []
+        return self._read(InferResult(response)) if response.outputs else []
 
     @property
     def is_over(self) -> bool:
@@ -213,7 +220,19 @@ def refusal(message: str) -> RequestError:
     return RequestError(text, codes[0] if codes else "INVALID_ARG")
 
 
-def make_request(model: str, prompt: Prompt, *, stream: bool, options: Options) -> Any:
+def ask_for_text(
+    url: str, model: str, prompt: Prompt, stream: bool, options: Options
+) -> Exchange[Chunk]:
+    """One request for text.
+
+    Raises:
+        RequestError: the prompt has characters that UTF-8 can't hold.
+    """
+    request = make_request(model, prompt, stream=stream, options=options)
+    return Exchange(url, request, read_chunks, make_metadata(prompt, options))
+
+
+def make_request(model: str, prompt: Prompt, *, stream: bool, options: Mapping[str, object]) -> Any:
     """The message for one request, each of its tensors of shape `[1, n]`.
 
     Raises:
@@ -235,7 +254,7 @@ def make_request(model: str, prompt: Prompt, *, stream: bool, options: Options) 
         token_ids = cast("list[int]", list(prompt))
     else:
         texts["messages"] = _to_json(list(prompt))
-    request = service_pb2.ModelInferRequest(model_name=model, id=options.get("request_id", ""))
+    request = service_pb2.ModelInferRequest(model_name=model, id=str(options.get("request_id", "")))
     request.parameters["triton_enable_empty_final_response"].bool_param = True
     for name, text in texts.items():
         try:

@@ -81,6 +81,7 @@ class Engine:
             config,
         )
         self.text_limits = self._admission.limits
+        self.check_token_ids = self._admission.check_token_ids
         self._lifecycle = Lifecycle(self.scheduler, self.drafters, self.stats, self._forget)
         self.round = make_round(
             self.verifier, self.drafters, loaded.eos_token_ids, config, loaded.max_model_len

@@ -14,11 +14,14 @@ from tandem.requests.limits import TextLimits
 PROMPT_INPUTS = ("text_input", "input_ids", "messages")
 
 
-def read_prompt(request: Any, tokenizer: Any, limits: TextLimits) -> str | list[int]:
+def read_prompt(
+    request: Any, tokenizer: Any, limits: TextLimits, *, add_generation_prompt: bool = True
+) -> str | list[int]:
     """The prompt, as text if it was given as text and else as token ids.
 
     Args:
         limits: bounds what is parsed and rendered.
+        add_generation_prompt: whether a conversation ends where the answer begins.
 
     Raises:
         InvalidRequestError: naming the input, or all of them if there isn't exactly one.
@@ -31,7 +34,7 @@ def read_prompt(request: Any, tokenizer: Any, limits: TextLimits) -> str | list[
             + (" and ".join(given) or "none")
         )
     if given == ["input_ids"]:
-        return _read_ids(tensors["input_ids"])
+        return read_ids(tensors["input_ids"])
     value = read_tensor(tensors[given[0]])
     if not isinstance(value, str):
         raise InvalidRequestError(f"{given[0]} must hold one string, got {len(value)} elements")
@@ -42,10 +45,20 @@ def read_prompt(request: Any, tokenizer: Any, limits: TextLimits) -> str | list[
     limits.check_json("tools", tools)
     messages = _json("messages", value)
     limits.check_count("messages", len(messages) if isinstance(messages, list) else 0)
-    return render(messages, _json("tools", tools), tokenizer)
+    return render(
+        messages,
+        _json("tools", tools),
+        tokenizer,
+        add_generation_prompt=add_generation_prompt,
+    )
 
 
-def _read_ids(tensor: Any) -> list[int]:
+def read_ids(tensor: Any) -> list[int]:
+    """The token ids in `input_ids`.
+
+    Raises:
+        InvalidRequestError: there are several prompts.
+    """
     ids = tensor.as_numpy()
     if ids.ndim > 1 and ids.shape[0] != 1:
         raise InvalidRequestError(
@@ -55,8 +68,16 @@ def _read_ids(tensor: Any) -> list[int]:
     return token_ids
 
 
-def render(messages: Any, tools: Any, tokenizer: Any) -> list[int]:
-    """A conversation as token ids, up to where the answer begins, by the model's chat template.
+def render(
+    messages: Any, tools: Any, tokenizer: Any, *, add_generation_prompt: bool = True
+) -> list[int]:
+    """A conversation as token ids, by the model's chat template.
+
+    Args:
+        messages: the conversation.
+        tools: what the template may show of functions.
+        tokenizer: the model's.
+        add_generation_prompt: whether it ends where the answer begins.
 
     Raises:
         InvalidRequestError: there is no template, or it can't make anything of the messages.
@@ -73,7 +94,10 @@ def render(messages: Any, tools: Any, tokenizer: Any) -> list[int]:
         )
     try:
         token_ids: list[int] = tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, return_dict=False
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise InvalidRequestError(

@@ -35,7 +35,7 @@ logger = logging.getLogger("tandem")
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MAX_SEED = 2**64 - 1
 # Of what a client sent, answers and the log repeat no more.
-_MAX_MESSAGE, _MAX_ID = 2000, 128
+MAX_MESSAGE, _MAX_ID = 2000, 128
 
 
 class Request:
@@ -129,7 +129,7 @@ class Request:
         self._metrics.count("request_failure_total", reason=reason)
         # Within a gRPC stream Triton passes the text on, but not the code.
         code = getattr(pb_utils.TritonError, error.code)
-        message = str(error)[:_MAX_MESSAGE]
+        message = str(error)[:MAX_MESSAGE]
         triton_error = pb_utils.TritonError(f"{error.code}: {message}", code)
         self._send(pb_utils.InferenceResponse(error=triton_error), _FINAL)
         self._log_end(reason, error=message)
@@ -251,6 +251,19 @@ def _parameters(request: Any) -> dict[str, Any]:
     return dict(parse_json("parameters", _sent("a parameter", request.parameters) or "{}"))
 
 
+def request_parameters(request: Any) -> dict[str, Any]:
+    """The parameters that a client sent, without the server's own and headers that it forwards.
+
+    Raises:
+        InvalidRequestError: they can't be read.
+    """
+    return {
+        name: value
+        for name, value in _parameters(request).items()
+        if not name.startswith("triton_") and name not in ("id", "traceparent")
+    }
+
+
 def _options(request: Any) -> RequestOptions:
     """Tensors win over `sampling_parameters`, and that over request parameters."""
     tensors = {}
@@ -258,17 +271,11 @@ def _options(request: Any) -> RequestOptions:
         name = tensor.name()
         if name in (*NAMES, "sampling_parameters"):
             tensors[name] = read_tensor(tensor)
-    parameters = {
-        name: value
-        for name, value in _parameters(request).items()
-        # The server's own, and headers that it forwards.
-        if not name.startswith("triton_") and name not in ("id", "traceparent")
-    }
     text = tensors.pop("sampling_parameters", None)
     return parse_options(
         tensors,
         parse_json("sampling_parameters", text) if text else {},
-        parameters,
+        request_parameters(request),
     )
 
 

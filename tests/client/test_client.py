@@ -26,7 +26,7 @@ from tandem_client import (
 )
 from tandem_client.cli import main, printer, summary
 from tandem_client.options import make_metadata
-from tandem_client.protocol import Exchange, make_request, refusal
+from tandem_client.protocol import Exchange, ask_for_text, make_request, refusal
 from tandem_client.stats import Sample, compare, render
 
 CHUNK = Chunk(
@@ -99,8 +99,8 @@ def free_url() -> Iterator[str]:
         yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
-def exchange() -> Exchange:
-    return Exchange("host:1", "tandem", "prompt", True, {})
+def exchange() -> Exchange[Chunk]:
+    return ask_for_text("host:1", "tandem", "prompt", True, {})
 
 
 def test_only_the_options_that_were_given_are_sent() -> None:

@@ -84,8 +84,8 @@ class Admission:
             drafter = self._split.next()
         max_lookahead = self._lookahead(drafter, num_speculative_tokens)
         token_ids = self._token_ids(prompt)
-        self._check_token_ids("stop_token_ids", params.stop_token_ids)
-        self._check_token_ids("logit_bias", params.logit_bias)
+        self.check_token_ids("stop_token_ids", params.stop_token_ids)
+        self.check_token_ids("logit_bias", params.logit_bias)
         if self._tokenizer is None and (params.stop or params.bad_words or params.guide):
             raise InvalidRequestError(
                 "the verifier has no tokenizer: stop, bad_words and guides need text"
@@ -152,7 +152,7 @@ class Admission:
             token_ids: list[int] = list(self._tokenizer(prompt)["input_ids"])
         else:
             token_ids = list(prompt)
-            self._check_token_ids("prompt token ids", token_ids)
+            self.check_token_ids("prompt token ids", token_ids)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token")
         if len(token_ids) >= self._max_model_len:
@@ -162,7 +162,12 @@ class Admission:
             )
         return token_ids
 
-    def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+    def check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        """Refuses tokens that the verifier doesn't have.
+
+        Raises:
+            InvalidRequestError: naming the argument, and the first of them.
+        """
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
                 got = shorten(token_id)
