@@ -78,7 +78,7 @@ def test_the_asyncio_client_asks_the_same(server: TritonServer, client: Client) 
 
 def test_curl_asks_with_parameters(server: TritonServer, engine: Engine) -> None:
     body = {"text_input": "ab", "tandem_query": "tokenize", "return_token_strs": True}
-    url = f"http://{server.http_url}/v2/models/tandem/generate"
+    url = f"{server.http_url}/v2/models/tandem/generate"
     answer = requests.post(url, json=body, timeout=TIMEOUT).json()
     expected = {"token_ids": engine.tokenizer("ab")["input_ids"], "token_strs": ["a", "b"]}
     assert json.loads(answer["text_output"]) == expected
