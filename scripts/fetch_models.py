@@ -1,4 +1,4 @@
-"""Makes the default verifier, Gemma 3 270M, in `.models/gemma-3-270m`."""
+"""Makes the default verifier, Gemma 3 270M, or the models that are named, in `.models`."""
 
 import sys
 from pathlib import Path

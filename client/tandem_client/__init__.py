@@ -18,6 +18,7 @@ from tandem_client.errors import (
 from tandem_client.options import Options, Prompt
 from tandem_client.protocol import Chunk, Completion
 from tandem_client.queries import Description, Tokens
+from tandem_client.tls import TLS
 
 
 def generate(
@@ -26,10 +27,11 @@ def generate(
     url: str = DEFAULT_URL,
     model: str = DEFAULT_MODEL,
     timeout: float | None = None,
+    tls: TLS | None = None,
     **options: Unpack[Options],
 ) -> Completion:
     """The whole answer to one prompt; see `Client.generate`."""
-    with Client(url, model, timeout) as client:
+    with Client(url, model, timeout, tls) as client:
         return client.generate(prompt, **options)
 
 
@@ -39,14 +41,16 @@ def stream(
     url: str = DEFAULT_URL,
     model: str = DEFAULT_MODEL,
     timeout: float | None = None,
+    tls: TLS | None = None,
     **options: Unpack[Options],
 ) -> Generator[Chunk, None, None]:
     """The answer to one prompt as it comes; see `Client.stream`."""
-    with Client(url, model, timeout) as client:
+    with Client(url, model, timeout, tls) as client:
         yield from client.stream(prompt, **options)
 
 
 __all__ = [
+    "TLS",
     "AsyncClient",
     "Chunk",
     "Client",

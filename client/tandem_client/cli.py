@@ -21,6 +21,7 @@ from tandem_client.errors import RequestError, ServerUnavailableError, TandemCli
 from tandem_client.options import Options, Prompt
 from tandem_client.protocol import Chunk, Completion
 from tandem_client.stats import DEFAULT_METRICS_URL, compare, read_sample, render
+from tandem_client.tls import TLS, add_tls_options, tls_of
 
 OK, FAILED, UNREACHABLE, INTERRUPTED = 0, 1, 3, 130
 
@@ -152,11 +153,12 @@ def _add_options(command: Any) -> None:
     options.add_argument("--num-speculative-tokens", type=int, metavar="K", help="drafts a step")
     command.add_argument("--url", default=DEFAULT_URL, help=f"gRPC address ({DEFAULT_URL})")
     command.add_argument("--timeout", type=float, metavar="S", help="seconds for the answer")
+    add_tls_options(command)
 
 
 def _generate(parsed: argparse.Namespace) -> int:
     prompt = read_input() if parsed.prompt == "-" else parsed.prompt
-    client = Client(parsed.url, parsed.model, parsed.timeout)
+    client = Client(parsed.url, parsed.model, parsed.timeout, _tls(parsed))
     options = _options(parsed)
     show = ignore if parsed.json else printer(sys.stdout)
     completion = follow(client, prompt, options, show)
@@ -172,6 +174,13 @@ def _generate(parsed: argparse.Namespace) -> int:
     return OK
 
 
+def _tls(parsed: argparse.Namespace) -> TLS | None:
+    try:
+        return tls_of(parsed)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
 def _options(parsed: argparse.Namespace) -> Options:
     given = {name: getattr(parsed, name, None) for name in Options.__optional_keys__}
     return cast("Options", {name: value for name, value in given.items() if value is not None})
@@ -181,7 +190,7 @@ def _chat(parsed: argparse.Namespace) -> int:
     messages: list[dict[str, str]] = []
     if parsed.system:
         messages.append({"role": "system", "content": parsed.system})
-    with Client(parsed.url, parsed.model, parsed.timeout) as client:
+    with Client(parsed.url, parsed.model, parsed.timeout, _tls(parsed)) as client:
         while (text := _ask()) is not None:
             messages.append({"role": "user", "content": text})
             try:

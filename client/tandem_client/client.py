@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tandem_client.heartbeat import TICK_SECONDS, Deaths, Heartbeat, make_ping, says_ready
 from tandem_client.options import Options, Prompt
-from tandem_client.protocol import Chunk, Completion, Exchange, ask_for_text
+from tandem_client.protocol import Chunk, Completion, Exchange, ask_for_text, explain
 from tandem_client.queries import (
     Description,
     Tokens,
@@ -24,6 +24,8 @@ from tandem_client.queries import (
     detokenize,
     tokenize,
 )
+from tandem_client.repository import INDEX, config_request, is_tandem, ready_models
+from tandem_client.tls import TLS
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_MODEL = "tandem"
@@ -41,15 +43,23 @@ class Client:
         url: the server's gRPC address, `host:port`.
         model: the model's name on the server.
         timeout: seconds that an answer may take; None for as long as it takes.
+        tls: how to speak TLS with the server; None where it listens without.
     """
 
     def __init__(
-        self, url: str = DEFAULT_URL, model: str = DEFAULT_MODEL, timeout: float | None = None
+        self,
+        url: str = DEFAULT_URL,
+        model: str = DEFAULT_MODEL,
+        timeout: float | None = None,
+        tls: TLS | None = None,
     ) -> None:
         self.url = url
         self.model = model
         self.timeout = timeout
-        self._channel = grpc.insecure_channel(url)
+        self.tls = tls
+        self._channel = (
+            grpc.secure_channel(url, tls.credentials()) if tls else grpc.insecure_channel(url)
+        )
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._deaths = Deaths()
 
@@ -94,6 +104,22 @@ class Client:
             TandemClientError: see `tandem_client.errors`.
         """
         return self._only(detokenize(self.url, self.model, token_ids))
+
+    def models(self) -> list[str]:
+        """The names of the server's Tandem models that are loaded.
+
+        Raises:
+            TandemClientError: see `tandem_client.errors`.
+        """
+        try:
+            index = self._stub.RepositoryIndex(INDEX, timeout=_READY_SECONDS)
+            return [
+                name
+                for name in ready_models(index)
+                if is_tandem(self._stub.ModelConfig(config_request(name), timeout=_READY_SECONDS))
+            ]
+        except grpc.RpcError as error:
+            raise explain(error, self.url, self.tls) from error
 
     def close(self) -> None:
         """Closes the connection; running requests are cancelled."""
@@ -144,7 +170,7 @@ class Client:
                     done.set()
             exchange.check_ended()
         except grpc.RpcError as error:
-            raise heartbeat.error or exchange.explain(error) from error
+            raise heartbeat.error or exchange.explain(error, self.tls) from error
         finally:
             done.set()
             call.cancel()
@@ -154,17 +180,24 @@ class AsyncClient:
     """`Client` for asyncio; used inside one event loop."""
 
     def __init__(
-        self, url: str = DEFAULT_URL, model: str = DEFAULT_MODEL, timeout: float | None = None
+        self,
+        url: str = DEFAULT_URL,
+        model: str = DEFAULT_MODEL,
+        timeout: float | None = None,
+        tls: TLS | None = None,
     ) -> None:
         self.url = url
         self.model = model
         self.timeout = timeout
+        self.tls = tls
+        self._connection = _Connection(url, tls)
         self._deaths = Deaths()
 
-    @cached_property
-    def _channel(self) -> Any:
-        # Made at the first request: it belongs to the event loop that runs then.
-        return grpc.aio.insecure_channel(self.url)
+    def for_model(self, model: str) -> AsyncClient:
+        """A client of another model of the server, on the same connection."""
+        other = AsyncClient(self.url, model, self.timeout, self.tls)
+        other._connection = self._connection
+        return other
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """The whole answer to `prompt`; raises as `Client.generate` does."""
@@ -191,7 +224,7 @@ class AsyncClient:
 
     async def is_ready(self) -> bool:
         """Whether the server answers, its model's process lives, and takes requests."""
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        stub = self._connection.stub
         request = service_pb2.ModelReadyRequest(name=self.model)
         try:
             async with asyncio.timeout(_READY_SECONDS):
@@ -204,9 +237,22 @@ class AsyncClient:
         except (grpc.RpcError, TimeoutError):
             return False
 
+    async def models(self) -> list[str]:
+        """The names of the server's Tandem models that are loaded; raises as `Client.models`."""
+        stub = self._connection.stub
+        try:
+            index = await stub.RepositoryIndex(INDEX, timeout=_READY_SECONDS)
+            return [
+                name
+                for name in ready_models(index)
+                if is_tandem(await stub.ModelConfig(config_request(name), timeout=_READY_SECONDS))
+            ]
+        except grpc.RpcError as error:
+            raise await asyncio.to_thread(explain, error, self.url, self.tls) from error
+
     async def close(self) -> None:
-        """Closes the connection; running requests are cancelled."""
-        await self._channel.close()
+        """Closes the connection, of all its models; running requests are cancelled."""
+        await self._connection.channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -237,8 +283,9 @@ class AsyncClient:
                 if ping is not None:
                     yield ping
 
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        call = stub.ModelStreamInfer(requests(), timeout=self.timeout, metadata=exchange.metadata)
+        call = self._connection.stub.ModelStreamInfer(
+            requests(), timeout=self.timeout, metadata=exchange.metadata
+        )
         try:
             async for message in call:
                 if heartbeat.read(message):
@@ -251,7 +298,9 @@ class AsyncClient:
                     done.set()
             exchange.check_ended()
         except grpc.RpcError as error:
-            raise heartbeat.error or exchange.explain(error) from error
+            if heartbeat.error is not None:
+                raise heartbeat.error from error
+            raise await asyncio.to_thread(exchange.explain, error, self.tls) from error
         except asyncio.CancelledError:
             # So gRPC reports a call that was cancelled here.
             if heartbeat.error is not None:
@@ -260,6 +309,24 @@ class AsyncClient:
         finally:
             done.set()
             call.cancel()
+
+
+class _Connection:
+    """Made at the first request: it belongs to the event loop that runs then."""
+
+    def __init__(self, url: str, tls: TLS | None) -> None:
+        self._url = url
+        self._tls = tls
+
+    @cached_property
+    def channel(self) -> Any:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self._url)
+        return grpc.aio.secure_channel(self._url, self._tls.credentials())
+
+    @cached_property
+    def stub(self) -> Any:
+        return service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

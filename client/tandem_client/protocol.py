@@ -18,6 +18,7 @@ from tandem_client.errors import (
     TandemClientError,
 )
 from tandem_client.options import ENVELOPE, Options, Prompt, make_metadata
+from tandem_client.tls import TLS, diagnose
 
 
 @dataclass(frozen=True)
@@ -169,24 +170,38 @@ class Exchange(Generic[_T]):
         if not self._ended:
             raise ServerUnavailableError(f"{self._url} ended the answer before it was complete")
 
-    def explain(self, error: grpc.RpcError) -> TandemClientError:
+    def explain(self, error: grpc.RpcError, tls: TLS | None) -> TandemClientError:
         """What a user can do something about, from an error of the connection."""
         if self._refusal is not None:
             return self._refusal
-        code, details = error.code(), error.details()
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return RequestTimeoutError("the answer was not complete in time")
-        # How a proxy breaks an answer off whose server has died.
-        is_reset = code is grpc.StatusCode.INTERNAL and "RST_STREAM" in (details or "")
-        if code is not grpc.StatusCode.UNAVAILABLE and not is_reset:
-            return RequestError(f"{code.name}: {details}", _CODES.get(code, "INTERNAL"))
-        # Everything but a connection that never was: a server, or the one behind a proxy, is lost.
-        if self._answered or not _is_unreachable(details or ""):
-            return ServerUnavailableError(f"lost the connection to {self._url}: {details}")
-        return ServerUnavailableError(
-            f"no server answers at {self._url}: start one with `make serve`, or give the address "
-            "of its gRPC service"
-        )
+        return explain(error, self._url, tls, answered=self._answered)
+
+
+def explain(
+    error: grpc.RpcError, url: str, tls: TLS | None, *, answered: bool = False
+) -> TandemClientError:
+    """What a user can do something about, from an error of the connection; takes seconds at most.
+
+    Args:
+        url: the server's address.
+        tls: how it was asked.
+        answered: whether anything came before.
+    """
+    code, details = error.code(), error.details()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return RequestTimeoutError("the answer was not complete in time")
+    # How a proxy breaks an answer off whose server has died.
+    is_reset = code is grpc.StatusCode.INTERNAL and "RST_STREAM" in (details or "")
+    if code is not grpc.StatusCode.UNAVAILABLE and not is_reset:
+        return RequestError(f"{code.name}: {details}", _CODES.get(code, "INTERNAL"))
+    # Everything but a connection that never was: a server, or the one behind a proxy, is lost.
+    if answered or not _is_unreachable(details or ""):
+        return ServerUnavailableError(f"lost the connection to {url}: {details}")
+    return ServerUnavailableError(
+        diagnose(url, tls)
+        or f"no server answers at {url}: start one with `make serve`, or give the address of its "
+        "gRPC service"
+    )
 
 
 def _is_unreachable(details: str) -> bool:

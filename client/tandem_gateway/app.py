@@ -16,15 +16,16 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from tandem_client import AsyncClient
+from tandem_client import TLS, AsyncClient, TandemClientError
 from tandem_gateway.auth import Keys
 from tandem_gateway.bodies import Bodies
-from tandem_gateway.errors import APIError, shorten
+from tandem_gateway.errors import APIError
 from tandem_gateway.generation import Generator, Payer, collect
 from tandem_gateway.guard import KEY, OWNER, Guard
 from tandem_gateway.health import Health
 from tandem_gateway.limits import Limits
 from tandem_gateway.metrics import Metrics
+from tandem_gateway.models import Models
 from tandem_gateway.parsing import json_route
 from tandem_gateway.rates import Rates
 from tandem_gateway.responses import Kind, Writer
@@ -38,24 +39,31 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def create_app(
-    url: str, model: str, *, api_keys: Sequence[str] = (), limits: Limits | None = None
+    url: str,
+    models: Sequence[str] = (),
+    *,
+    tls: TLS | None = None,
+    api_keys: Sequence[str] = (),
+    limits: Limits | None = None,
 ) -> FastAPI:
     """The application. Limits of connections are `make_server`'s.
 
     Args:
         url: gRPC address of the Triton server.
-        model: the model's name there, and the only one that clients may ask for.
+        models: names of models there, the only ones that clients may ask for; all models with our
+            backend when empty.
+        tls: how to speak TLS with the server; None where it listens without.
         api_keys: one of them must come with each request to `/v1` and `/metrics`; nobody is asked
             when empty.
         limits: what is over them is refused.
     """
     limits = limits or Limits()
-    client, metrics, rates = AsyncClient(url, model), Metrics(), Rates(limits)
+    offered, metrics, rates = Models(AsyncClient(url, tls=tls), models), Metrics(), Rates(limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await client.close()
+        await offered.close()
 
     # The pages of the schema would load scripts from elsewhere.
     app = FastAPI(
@@ -63,7 +71,7 @@ def create_app(
     )
     app.state.metrics, app.state.limits = metrics, limits
     app.router.route_class = json_route(limits.max_json_values)
-    gateway = _Gateway(client, model, metrics, Generator(client, limits, rates, metrics))
+    gateway = _Gateway(offered, metrics, Generator(limits, rates, metrics))
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
     app.add_api_route("/v1/models", gateway.models, methods=["GET"])
@@ -81,7 +89,7 @@ def create_app(
         metrics=metrics,
     )
     app.add_middleware(SecurityHeaders)
-    for kind in (APIError, RequestValidationError, HTTPException, Exception):
+    for kind in (APIError, TandemClientError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return app
 
@@ -98,13 +106,11 @@ async def _answer_error(_: HTTPRequest, error: Exception) -> JSONResponse:
 class _Gateway:
     """The routes."""
 
-    def __init__(
-        self, client: AsyncClient, model: str, metrics: Metrics, generator: Generator
-    ) -> None:
-        self._model = model
+    def __init__(self, models: Models, metrics: Metrics, generator: Generator) -> None:
+        self._models = models
         self._metrics = metrics
         self._generator = generator
-        self._health = Health(client)
+        self._health = Health(models)
         self._started_at = int(time.time())
 
     async def chat(self, request: ChatCompletionRequest, http: HTTPRequest) -> Response:
@@ -117,15 +123,15 @@ class _Gateway:
 
     async def models(self) -> dict[str, Any]:
         """`GET /v1/models`."""
-        return {"object": "list", "data": [self._card()]}
+        names = await self._models.clients()
+        return {"object": "list", "data": [self._card(name) for name in names]}
 
     async def model_card(self, name: str) -> dict[str, Any]:
         """`GET /v1/models/NAME`."""
-        self._check_model(name)
-        return self._card()
+        return self._card((await self._models.find(name)).model)
 
     async def health(self) -> Response:
-        """`GET /health`: 200 when the server and the model take requests, else 503."""
+        """`GET /health`: 200 when the server and its models take requests, else 503."""
         ready = await self._health.is_ready()
         return JSONResponse({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
 
@@ -133,31 +139,26 @@ class _Gateway:
         """`GET /metrics`, for Prometheus."""
         return Response(self._metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         return {
-            "id": self._model,
+            "id": name,
             "object": "model",
             "created": self._started_at,
             "owned_by": "tandem",
         }
 
-    def _check_model(self, name: str) -> None:
-        if name != self._model:
-            message = f"the model {shorten(name)!r} does not exist; this server has {self._model!r}"
-            raise APIError(404, message, "model_not_found", "model")
-
     async def _answer(self, kind: Kind, request: Request, http: HTTPRequest) -> Response:
-        self._check_model(request.model)
+        client = await self._models.find(request.model)
         try:
             options, prompts = request.options(), request.prompts
         except ValueError as error:
             raise APIError(400, str(error), "invalid_value") from error
-        writer = Writer(kind, self._model, options.get("logprobs"))
+        writer = Writer(kind, client.model, options.get("logprobs"))
         options["request_id"] = writer.id
         traceparent = http.headers.get("traceparent", "")
         options["traceparent"] = traceparent if _TRACEPARENT.fullmatch(traceparent) else ""
         payer = Payer(http.scope[KEY], http.scope[OWNER])
-        chunks = self._generator.chunks(prompts, options, request.n, payer)
+        chunks = self._generator.chunks(client, prompts, options, request.n, payer)
         headers = {"x-request-id": writer.id}
         if request.stream:
             with_usage = request.stream_options is not None and request.stream_options.include_usage

@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
-from tandem_client.client import DEFAULT_MODEL, DEFAULT_URL
+from tandem_client.client import DEFAULT_URL
+from tandem_client.tls import add_tls_options, tls_of
 from tandem_gateway.app import create_app
 from tandem_gateway.auth import read_keys
 from tandem_gateway.limits import Limits
@@ -20,6 +21,7 @@ from tandem_gateway.server import make_server
 _EXAMPLES = """examples:
   tandem-gateway                                     then open http://127.0.0.1:9000/
   tandem-gateway --url triton:8001 --host 0.0.0.0 --port 80
+  tandem-gateway --url triton:8001 --ca-certificate ca.pem --model tandem_chat
   TANDEM_API_KEYS=key1,key2 tandem-gateway
 
   curl http://127.0.0.1:9000/v1/completions -H 'Content-Type: application/json' \\
@@ -36,7 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--url", default=DEFAULT_URL, help=f"Triton's gRPC address ({DEFAULT_URL})")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"model name ({DEFAULT_MODEL})")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="offer this model; may be repeated (all of the server's with Tandem)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=9000, help="port to listen on (9000)")
     parser.add_argument(
@@ -46,15 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="how long answers that are being streamed may go on after Ctrl-C or SIGTERM (5)",
     )
+    add_tls_options(parser)
     _add_limits(parser)
-    parsed = vars(parser.parse_args(arguments))
+    parsed = vars(namespace := parser.parse_args(arguments))
     try:
+        tls = tls_of(namespace)
         limits = Limits(**{each.name: parsed[each.name] for each in fields(Limits)})
         keys = read_keys(os.environ)
     except ValueError as error:
         parser.error(str(error))
     log_to_stderr()
-    app = create_app(parsed["url"], parsed["model"], api_keys=keys, limits=limits)
+    app = create_app(parsed["url"], parsed["model"], tls=tls, api_keys=keys, limits=limits)
     host, port = parsed["host"], parsed["port"]
     print(f"serving http://{host}:{port}/ until Ctrl-C", file=sys.stderr)
     server = make_server(app, host, port, parsed["drain_seconds"])

@@ -36,17 +36,25 @@ class Payer:
 class Generator:
     """Asks the server, for all requests of the gateway."""
 
-    def __init__(self, client: AsyncClient, limits: Limits, rates: Rates, metrics: Metrics) -> None:
-        self._client = client
+    def __init__(self, limits: Limits, rates: Rates, metrics: Metrics) -> None:
         self._limits = limits
         self._rates = rates
         self._metrics = metrics
         self._num_streams = 0
 
     async def chunks(
-        self, prompts: Sequence[Prompt], options: Options, n: int, payer: Payer
+        self,
+        client: AsyncClient,
+        prompts: Sequence[Prompt],
+        options: Options,
+        n: int,
+        payer: Payer,
     ) -> Chunks:
         """All prompts at once; choice `n * i + j` is sequence j of prompt i.
+
+        Args:
+            client: of the model that is asked.
+            payer: whom it is counted for.
 
         Raises:
             APIError: the request, or the server's answer to it, before the first chunk or later.
@@ -58,7 +66,7 @@ class Generator:
         started, outcome = time.monotonic(), "cancelled"
         self._count(len(prompts))
         tasks = [
-            asyncio.create_task(self._follow(queue, prompt, options, number * n))
+            asyncio.create_task(self._follow(client, queue, prompt, options, number * n))
             for number, prompt in enumerate(prompts)
         ]
         seen: set[int] = set()
@@ -99,13 +107,14 @@ class Generator:
 
     async def _follow(
         self,
+        client: AsyncClient,
         queue: asyncio.Queue[Item],
         prompt: Prompt,
         options: Options,
         first: int,
     ) -> None:
         try:
-            async with aclosing(self._client.stream(prompt, **options)) as stream:
+            async with aclosing(client.stream(prompt, **options)) as stream:
                 async for chunk in stream:
                     await queue.put((first + chunk.index, chunk))
             await queue.put(None)

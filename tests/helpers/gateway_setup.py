@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -165,9 +165,11 @@ def fake_triton() -> Iterator[FakeTriton]:
 
 
 @contextmanager
-def gateway(url: str, *keys: str, **limits: Any) -> Iterator[str]:
+def gateway(
+    url: str, *keys: str, models: Sequence[str] = ("tandem",), **limits: Any
+) -> Iterator[str]:
     """One that listens, on a thread of its own; its address is given."""
-    app = create_app(url, "tandem", api_keys=keys, limits=Limits(**limits))
+    app = create_app(url, models, api_keys=keys, limits=Limits(**limits))
     server = make_server(app, "127.0.0.1", 0, drain_seconds=1)
     thread = threading.Thread(target=server.run)
     thread.start()

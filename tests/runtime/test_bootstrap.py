@@ -63,7 +63,7 @@ def test_only_missing_stages_run_and_leftovers_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
-    monkeypatch.setattr(bootstrap, "GEMMA", tmp_path / ".models" / "gemma")
+    monkeypatch.setattr(bootstrap, "MODELS", tmp_path / ".models")
     (tmp_path / ".part-interrupted").mkdir()
     made = []
     done = bootstrap.Stage("done", lambda: True, lambda: made.append("done"))

@@ -299,7 +299,7 @@ def test_an_absent_server_is_unavailable() -> None:
 
     from tandem_gateway import create_app
 
-    with TestClient(create_app("127.0.0.1:9", "tandem")) as client:
+    with TestClient(create_app("127.0.0.1:9")) as client:
         assert client.get("/health").status_code == 503
         answer = client.post("/v1/completions", json={"model": "tandem", "prompt": "x"})
     assert answer.status_code == 503

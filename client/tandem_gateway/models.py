@@ -1,0 +1,72 @@
+"""The models that the gateway offers: those named at its start, or all that the server has."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from tandem_client import AsyncClient, TandemClientError
+from tandem_gateway.errors import APIError, shorten
+
+_VALID_SECONDS = 1.0
+
+
+class Models:
+    """Finds models by name, and asks the server at most once a second which there are.
+
+    Args:
+        client: of the server; its connection serves all models.
+        names: the models to offer; the server is asked when there are none.
+    """
+
+    def __init__(self, client: AsyncClient, names: Sequence[str] = ()) -> None:
+        self._client = client
+        self._is_fixed = bool(names)
+        self._clients = {name: client.for_model(name) for name in names}
+        self._lock = asyncio.Lock()
+        self._asked_at = float("-inf")
+
+    async def clients(self) -> dict[str, AsyncClient]:
+        """All of them by name, in order.
+
+        Raises:
+            TandemClientError: the server doesn't say.
+        """
+        async with self._lock:
+            if not self._is_fixed and time.monotonic() - self._asked_at > _VALID_SECONDS:
+                names = await self._client.models()
+                self._clients = {
+                    name: self._clients.get(name) or self._client.for_model(name) for name in names
+                }
+                self._asked_at = time.monotonic()
+            return self._clients
+
+    async def find(self, name: str) -> AsyncClient:
+        """The client of a model; the server is asked only for one that isn't known yet.
+
+        Raises:
+            APIError: there is no such model.
+            TandemClientError: the server doesn't say.
+        """
+        if name in self._clients:
+            return self._clients[name]
+        clients = await self.clients()
+        if name not in clients:
+            there = " and ".join(map(repr, clients)) or "none"
+            message = f"the model {shorten(name)!r} does not exist; this server has {there}"
+            raise APIError(404, message, "model_not_found", "model")
+        return clients[name]
+
+    async def are_ready(self) -> bool:
+        """Whether there are models, and all of them take requests."""
+        try:
+            clients = await self.clients()
+        except TandemClientError:
+            return False
+        ready = await asyncio.gather(*(client.is_ready() for client in clients.values()))
+        return bool(ready) and all(ready)
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._client.close()
