@@ -53,6 +53,7 @@ LABEL org.opencontainers.image.title="Tandem gateway" \
 COPY requirements-client.txt /opt/tandem/
 RUN python3 -m pip install --no-cache-dir -r /opt/tandem/requirements-client.txt
 COPY client /opt/tandem/client
+COPY python_backend/tandem_options /opt/tandem/client/tandem_options
 ENV PYTHONPATH=/opt/tandem/client \
     PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001

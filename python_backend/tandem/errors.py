@@ -14,7 +14,12 @@ TandemError                    INTERNAL
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
+
+from tandem_options.errors import OptionError
+from tandem_options.errors import shorten as shorten
 
 
 class TandemError(Exception):
@@ -83,7 +88,10 @@ class EngineStoppedError(TandemError):
     code = "UNAVAILABLE"
 
 
-def shorten(value: object) -> str:
-    """How messages show a value that a client sent."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turns what is wrong with an option into an error of the engine's."""
+    try:
+        yield
+    except OptionError as error:
+        raise InvalidRequestError(str(error)) from error

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from tandem import InvalidRequestError
 from tandem.errors import shorten
 from tandem.requests.limits import TextLimits
+from tandem.requests.options import PromptOptions
 
 PROMPT_INPUTS = ("text_input", "input_ids", "messages")
 
 
-def read_prompt(
-    request: Any, tokenizer: Any, limits: TextLimits, *, add_generation_prompt: bool = True
-) -> str | list[int]:
+class Prompt(NamedTuple):
+    """What is to be continued: text, or token ids, which may be those of a conversation."""
+
+    content: str | list[int]
+    is_chat: bool = False
+
+
+def read_prompt(request: Any, tokenizer: Any, limits: TextLimits, options: PromptOptions) -> Prompt:
     """The prompt, as text if it was given as text and else as token ids.
 
     Args:
         limits: bounds what is parsed and rendered.
-        add_generation_prompt: whether a conversation ends where the answer begins.
+        options: how the prompt is to be read.
 
     Raises:
         InvalidRequestError: naming the input, or all of them if there isn't exactly one.
@@ -34,23 +40,32 @@ def read_prompt(
             + (" and ".join(given) or "none")
         )
     if given == ["input_ids"]:
-        return read_ids(tensors["input_ids"])
+        return Prompt(_kept(read_ids(tensors["input_ids"]), limits, options))
     value = read_tensor(tensors[given[0]])
     if not isinstance(value, str):
         raise InvalidRequestError(f"{given[0]} must hold one string, got {len(value)} elements")
     if given == ["text_input"]:
-        return value
+        if options.add_special_tokens is not False and options.truncate_prompt_tokens is None:
+            return Prompt(value)
+        limits.check_text("the prompt", value)
+        is_added = options.add_special_tokens is not False
+        token_ids = tokenizer(value, add_special_tokens=is_added)["input_ids"]
+        return Prompt(_kept(token_ids, limits, options))
     tools = read_tensor(tensors["tools"]) if "tools" in tensors else "null"
     limits.check_json("messages", value)
     limits.check_json("tools", tools)
     messages = _json("messages", value)
     limits.check_count("messages", len(messages) if isinstance(messages, list) else 0)
-    return render(
-        messages,
-        _json("tools", tools),
-        tokenizer,
-        add_generation_prompt=add_generation_prompt,
-    )
+    token_ids = render(messages, _json("tools", tools) or None, tokenizer, options)
+    return Prompt(_kept(token_ids, limits, options), is_chat=True)
+
+
+def _kept(token_ids: list[int], limits: TextLimits, options: PromptOptions) -> list[int]:
+    """The last ones, if the prompt is to be truncated."""
+    number = options.truncate_prompt_tokens
+    if number is None:
+        return token_ids
+    return token_ids[-(limits.max_model_len - 1 if number == -1 else number) :]
 
 
 def read_ids(tensor: Any) -> list[int]:
@@ -68,16 +83,10 @@ def read_ids(tensor: Any) -> list[int]:
     return token_ids
 
 
-def render(
-    messages: Any, tools: Any, tokenizer: Any, *, add_generation_prompt: bool = True
-) -> list[int]:
+def render(messages: Any, tools: Any, tokenizer: Any, options: PromptOptions) -> list[int]:
     """A conversation as token ids, by the model's chat template.
 
-    Args:
-        messages: the conversation.
-        tools: what the template may show of functions.
-        tokenizer: the model's.
-        add_generation_prompt: whether it ends where the answer begins.
+    It ends where an answer begins, unless the options ask for something else.
 
     Raises:
         InvalidRequestError: there is no template, or it can't make anything of the messages.
@@ -86,24 +95,38 @@ def render(
         raise InvalidRequestError(
             "messages can't be used: this model has no chat template; send text_input instead"
         )
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(
+            isinstance(message, dict) and isinstance(message.get("role"), str)
+            for message in messages
+        )
     ):
         raise InvalidRequestError(
-            "messages must be a list of objects with role and content, got " + shorten(messages)
+            "messages must be a list of one or more objects with role and content, got "
+            + shorten(messages)
         )
     try:
-        token_ids: list[int] = tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=False,
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, **_ending(options)
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise InvalidRequestError(
             f"the chat template refuses these messages: {str(error)[:200]}"
         ) from error
+    # Templates write the special tokens themselves.
+    is_added = bool(options.add_special_tokens)
+    token_ids: list[int] = tokenizer(text, add_special_tokens=is_added)["input_ids"]
     return token_ids
+
+
+def _ending(options: PromptOptions) -> dict[str, bool]:
+    goes_on, begins = options.continue_final_message, options.add_generation_prompt
+    return {
+        "continue_final_message": goes_on,
+        "add_generation_prompt": not goes_on if begins is None else begins,
+    }
 
 
 def read_tensor(tensor: Any) -> Any:

@@ -15,7 +15,7 @@ import triton_python_backend_utils as pb_utils
 
 from tandem import Engine, InvalidRequestError, TandemError
 from tandem.errors import shorten
-from tandem.requests.options import parse_json
+from tandem.requests.options import PromptOptions, parse_json
 from tandem_triton.choice import output_tensor
 from tandem_triton.inputs import read_ids, read_prompt, read_tensor
 from tandem_triton.request import MAX_MESSAGE, request_parameters
@@ -125,12 +125,10 @@ def _describe(_: Any, options: _Options, engine: Engine) -> dict[str, Any]:
 def _tokenize(request: Any, options: _Options, engine: Engine) -> dict[str, Any]:
     tokenizer = engine.tokenizer
     assert tokenizer is not None
+    begins = options.flag("add_generation_prompt", True)
     prompt = read_prompt(
-        request,
-        tokenizer,
-        engine.text_limits,
-        add_generation_prompt=options.flag("add_generation_prompt", True),
-    )
+        request, tokenizer, engine.text_limits, PromptOptions(add_generation_prompt=begins)
+    ).content
     if isinstance(prompt, str):
         engine.text_limits.check_text("text_input", prompt)
         special = options.flag("add_special_tokens", True)

@@ -25,7 +25,16 @@ from tandem import (
     Sequence,
     TandemError,
 )
-from tandem.requests.options import NAMES, RequestOptions, parse_json, parse_options, with_bias
+from tandem.errors import shorten
+from tandem.requests.end_of_turn import end_of_turn_ids
+from tandem.requests.options import (
+    RequestOptions,
+    parse_json,
+    parse_options,
+    with_bias,
+    with_stops,
+)
+from tandem_options import NAMES
 from tandem_triton.choice import Choice, output_tensor
 from tandem_triton.inputs import read_prompt, read_tensor
 from tandem_triton.metrics import MetricsExporter
@@ -62,6 +71,8 @@ class Request:
         self._id = _sent("the request's id", request.request_id)
         self._trace_id = trace_id(request)
         self._options = _options(request)
+        self._id = self._id or self._options.request_id
+        warn_of_unknown(self._options.unknown)
 
     @property
     def has_guide(self) -> bool:
@@ -76,9 +87,11 @@ class Request:
         """
         assert engine.tokenizer is not None
         self._engine, options = engine, self._options
-        prompt = read_prompt(request, engine.tokenizer, engine.text_limits)
+        prompt, is_chat = read_prompt(request, engine.tokenizer, engine.text_limits, options.prompt)
         engine.text_limits.check_text("embedding_bias_words", "".join(options.embedding_bias_words))
         params = with_bias(options.params, _word_bias(options, engine.tokenizer))
+        if is_chat and not params.ignore_eos:
+            params = with_stops(params, end_of_turn_ids(engine.tokenizer) - engine.eos_token_ids)
         drafter, echo = options.drafter, prompt if isinstance(prompt, str) else ""
         for index in range(options.n):
             sequence = engine.make_sequence(
@@ -224,6 +237,18 @@ _REASONS: dict[type[TandemError], str] = {
 
 
 # --- reading
+
+# Names that the log has been told of; of more it isn't.
+_warned_of: set[str] = set()
+_MAX_WARNED = 1000
+
+
+def warn_of_unknown(names: Items[str]) -> None:
+    """Tells the log once of each option that no table has."""
+    for name in names:
+        if len(_warned_of) < _MAX_WARNED and name not in _warned_of:
+            _warned_of.add(name)
+            logger.warning("a request has the unknown option %s, which is ignored", shorten(name))
 
 
 def trace_id(request: Any) -> str:

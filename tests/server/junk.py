@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from tandem.requests.options import NAMES
 from tandem_gateway.schema import ChatCompletionRequest, CompletionRequest
+from tandem_options import NAMES
 from tensors import KINDS
 
 Values = st.SearchStrategy[Any]

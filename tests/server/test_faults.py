@@ -26,7 +26,7 @@ from http_process import post_from_a_process
 from repositories import write_repository
 from stream import TIMEOUT, Stream, metric, wait_until
 from tandem import Engine, SamplingParams
-from tandem.requests.options import NAMES
+from tandem_options import NAMES
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 

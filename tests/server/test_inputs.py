@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, Guide
-from tandem.requests.options import NAMES
+from tandem_options import NAMES
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text_of
@@ -109,8 +109,8 @@ def test_a_conversation_goes_through_the_template(server: TritonServer, engine: 
     assert text_of(responses) == expected
     for wrong, message in (
         ([{"role": "wizard", "content": "hi"}], "refuses these messages: no such role: wizard"),
-        ([{"content": "hi"}], "messages must be a list of objects"),
-        ({"role": "user"}, "messages must be a list of objects"),
+        ([{"content": "hi"}], "messages must be a list of one or more objects"),
+        ({"role": "user"}, "messages must be a list of one or more objects"),
     ):
         with pytest.raises(InferenceServerException, match=message):
             ask(server, "vllm_format", text_input=None, messages=json.dumps(wrong))

@@ -86,6 +86,7 @@ class Admission:
         token_ids = self._token_ids(prompt)
         self.check_token_ids("stop_token_ids", params.stop_token_ids)
         self.check_token_ids("logit_bias", params.logit_bias)
+        self.check_token_ids("allowed_token_ids", params.allowed_token_ids)
         if self._tokenizer is None and (params.stop or params.bad_words or params.guide):
             raise InvalidRequestError(
                 "the verifier has no tokenizer: stop, bad_words and guides need text"
@@ -119,7 +120,12 @@ class Admission:
         if not params.stop:
             return None
         assert self._tokenizer is not None
-        return OutputText(self._tokenizer, params.stop, min_tokens=params.min_tokens)
+        return OutputText(
+            self._tokenizer,
+            params.stop,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+        )
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Each word as tokens, at the beginning of a text and after a space."""

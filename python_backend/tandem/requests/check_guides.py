@@ -12,8 +12,12 @@ import resource
 import signal
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 from llguidance import GrammarFormat, LLMatcher, grammar_from
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 # Of one guide, in seconds of CPU time; of the process, in bytes of memory.
 MAX_SECONDS = 2.0
@@ -22,23 +26,37 @@ MAX_BYTES = 2**30
 # the shortest rule has 9 characters. `tandem.requests.grammar` gives them twice as much.
 STACK_BYTES = 2**27
 
+# Between the parts of JSON; without a bound a model may go on with it until its last token.
+_SPACE = r"[ \t\r\n]{1,64}"
 _FORMATS: dict[str, GrammarFormat] = {
-    "json": "json",
-    "json_object": "json",
     "regex": "regex",
     "choice": "choice",
     "grammar": "grammar",
 }
 
 
-def answer(kind: str, text: str) -> dict[str, str]:
-    """What is said of one guide."""
+def answer(kind: str, text: str, space: str | None = None) -> dict[str, str]:
+    """What is said of one guide; see `tandem.requests.params.Guide`."""
     try:
-        source = grammar_from(_FORMATS[kind], text)
+        if kind in ("json", "json_object"):
+            source = _json_source(text, space)
+        else:
+            source = grammar_from(_FORMATS[kind], text)
         error = LLMatcher.validate_grammar(source)
     except (ValueError, RecursionError) as caught:
         error = str(caught)
     return {"error": error} if error else {"source": source}
+
+
+def _json_source(text: str, space: str | None) -> str:
+    """A request's own white space wins over the schema's, and that over the usual one."""
+    text = {"true": "{}", "false": '{"enum": []}'}.get(text.strip(), text)
+    if space == "":
+        return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+    own: JsonCompileOptions | None = {"whitespace_pattern": space} if space else None
+    return LLMatcher.grammar_from_json_schema(
+        text, defaults={"whitespace_pattern": _SPACE}, overrides=own
+    )
 
 
 def _serve() -> None:

@@ -51,7 +51,7 @@ class GuideChecker:
             text = '{"type": "object"}'
         elif guide.kind == "choice":
             text = json.dumps(guide.choices)
-        line = json.dumps({"kind": guide.kind, "text": text}).encode() + b"\n"
+        line = json.dumps({"kind": guide.kind, "text": text, "space": guide.space}).encode() + b"\n"
         process = self._idle.get()
         try:
             if process is None or process.poll() is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from tandem.errors import InvalidRequestError
-from tandem.requests.json_size import check_json
+from tandem.errors import InvalidRequestError, refusing
+from tandem_options.json_size import check_json
 
 # A tokenizer may have one token for any word that it doesn't know; longer ones are no words.
 _MIN_TOKEN_BYTES = 64
@@ -39,7 +39,8 @@ class TextLimits:
     def check_json(self, name: str, text: str) -> None:
         """Refuses JSON that holds more text than that, or too many values; see `check_text`."""
         self._check(name, text, self.max_bytes * _JSON_BYTES)
-        check_json(name, text)
+        with refusing():
+            check_json(name, text)
 
     def check_count(self, name: str, count: int) -> None:
         """Refuses more items than tokens, each of which is one token at least."""

@@ -45,13 +45,13 @@ def output_text(tokenizer: Tokenizer, sequence: Sequence) -> OutputText:
         params.stop,
         min_tokens=params.min_tokens,
         include_stop=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
     )
 
 
 def shown_ids(sequence: Sequence, token_ids: list[int]) -> list[int]:
-    """The tokens whose text is shown: a stop token that ended the sequence is not."""
-    ended_by_token = isinstance(sequence.stop_reason, int)
-    hidden = ended_by_token and not sequence.params.include_stop_str_in_output
+    """The tokens whose text is shown: one that ended the sequence is not."""
+    hidden = sequence.ended_by_token and not sequence.params.include_stop_str_in_output
     return token_ids[:-1] if hidden else token_ids
 
 

@@ -27,11 +27,14 @@ class Guide:
             several strings) or "grammar" (in Lark's syntax or GBNF).
         text: the schema, expression or grammar; empty for "json_object" and "choice".
         choices: the strings of a "choice".
+        space: an expression for the white space between the parts of "json" and "json_object",
+            empty for none; up to 64 characters in a row when None.
     """
 
     kind: str
     text: str = ""
     choices: tuple[str, ...] = ()
+    space: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in GUIDES:
@@ -42,7 +45,7 @@ class Guide:
             _check_strings("choice", self.choices, _MAX_WORDS)
             if not self.choices:
                 raise InvalidRequestError("choice must hold at least one string, got []")
-        if self.kind != "json_object" and not 0 < self.size <= _MAX_GUIDE:
+        if not (self.kind == "json_object" or self.text or self.choices) or self.size > _MAX_GUIDE:
             raise InvalidRequestError(
                 f"{self.kind} must have from 1 to {_MAX_GUIDE} characters, got {self.size}"
             )
@@ -50,7 +53,7 @@ class Guide:
     @property
     def size(self) -> int:
         """Characters in all."""
-        return len(self.text) + sum(map(len, self.choices))
+        return len(self.text) + sum(map(len, self.choices)) + len(self.space or "")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class SamplingParams:
         include_stop_str_in_output: whether the text ends behind the stop string instead.
         ignore_eos: go on after an end-of-sequence token.
         seed: 64-bit seed; the same seed gives the same tokens. One is drawn when None.
+        allowed_token_ids: only these tokens are generated; all when empty.
+        skip_special_tokens: whether special tokens are left out of the text.
         logprobs: report each token's log probability, and this many of the likeliest tokens'. They
             are the verifier's own, before anything above.
         guide: what the whole text must match.
@@ -99,6 +104,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: int | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     guide: Guide | None = None
 
@@ -114,7 +121,7 @@ class SamplingParams:
         for name, high in (("seed", MAX_SEED), ("logprobs", MAX_LOGPROBS)):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), int, 0, high)
-        for name in ("ignore_eos", "include_stop_str_in_output"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 got = shorten(getattr(self, name))
                 raise InvalidRequestError(f"{name} must be true or false, got {got}")
@@ -122,8 +129,9 @@ class SamplingParams:
         _check_strings("bad_words", self.bad_words, _MAX_WORDS)
         _check_size("stop_token_ids", self.stop_token_ids, _MAX_STOPS)
         _check_size("logit_bias", self.logit_bias, _MAX_WORDS)
-        for token_id in (*self.stop_token_ids, *self.logit_bias):
-            _check_number("a token id", token_id, int, 0, 2**31 - 1)
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token_id in getattr(self, name):
+                _check_number(f"a token id of {name}", token_id, int, 0, 2**31 - 1)
         for bias in self.logit_bias.values():
             _check_number("logit_bias", bias, float, -100, 100)
 
@@ -174,4 +182,8 @@ def _check_strings(name: str, values: tuple[str, ...], limit: int) -> None:
         if not isinstance(value, str) or not 0 < len(value) <= _MAX_STRING:
             raise InvalidRequestError(
                 f"{name} must hold strings of 1 to {_MAX_STRING} characters, got {shorten(value)}"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise InvalidRequestError(
+                f"{name} must hold text, got half a surrogate pair: {shorten(value)}"
             )

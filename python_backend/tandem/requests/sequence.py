@@ -75,6 +75,7 @@ class Sequence:
     cancellation: TandemError | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    ended_by_token: bool = False
     error: TandemError | None = None
     num_verify_steps: int = 0
     num_drafts: int = 0
@@ -137,8 +138,10 @@ class Sequence:
         if self.grammar is not None and (error := self.grammar.push(token_id)):
             self.finish(FinishReason.ERROR, InvalidRequestError(error))
         elif token_id in eos_token_ids and not params.ignore_eos:
+            self.ended_by_token = True
             self.finish(FinishReason.STOP)
         elif token_id in params.stop_token_ids:
+            self.ended_by_token = True
             self.stop_reason = token_id
             self.finish(FinishReason.STOP)
         elif self._has_stop_string(token_id) or (

@@ -25,7 +25,8 @@ INTEGERS = ("num_prompt", "min_tokens")
 def is_adjusted_here(sequence: Sequence, eos_token_ids: frozenset[int]) -> bool:
     """Whether a request changes logits, in no way that the host has to see to."""
     params = sequence.params
-    if sequence.grammar is not None or sequence.bad_words or not is_adjusted(sequence):
+    by_host = sequence.grammar is not None or sequence.bad_words or params.allowed_token_ids
+    if by_host or not is_adjusted(sequence):
         return False
     return (
         len(params.logit_bias) <= MAX_BIASED

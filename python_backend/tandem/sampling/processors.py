@@ -41,6 +41,11 @@ def adjust(
         for row, output_ids in _outputs(logits, sequence, draft_ids):
             banned = _banned(sequence, output_ids, eos_token_ids)
             row[torch.tensor(sorted(banned), dtype=torch.long, device=row.device)] = -torch.inf
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
+        kept = logits[:, allowed].clone()
+        logits.fill_(-torch.inf)
+        logits[:, allowed] = kept
     if sequence.grammar is not None:
         _mask(logits, sequence.grammar.masks(draft_ids))
 
@@ -48,8 +53,9 @@ def adjust(
 def is_adjusted(sequence: Sequence) -> bool:
     """Whether `adjust` does anything for this request."""
     params = sequence.params
-    banned = sequence.bad_words or params.min_tokens or sequence.grammar is not None
-    return bool(params.logit_bias or params.has_penalties or banned)
+    banned = sequence.bad_words or params.min_tokens or params.allowed_token_ids
+    biased = params.logit_bias or params.has_penalties
+    return bool(biased or banned or sequence.grammar is not None)
 
 
 def _outputs(

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tandem import InvalidRequestError
-from tandem.requests.json_size import check_json
+from tandem_options import OptionError
+from tandem_options.json_size import check_json
 
 MANY = 70_000
 
@@ -23,7 +23,7 @@ MANY = 70_000
     ],
 )
 def test_many_values_are_refused(text: str) -> None:
-    with pytest.raises(InvalidRequestError, match="messages holds more than 65536 values"):
+    with pytest.raises(OptionError, match="messages holds more than 65536 values"):
         check_json("messages", text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.errors import InvalidRequestError
+from tandem_options.errors import OptionError
 
 # To make so many takes Python 10 ms, during which no other thread of the process goes on.
 _MAX_JSON_VALUES = 2**16
@@ -12,10 +12,10 @@ def check_json(name: str, text: str) -> None:
     """Refuses JSON that holds so many values that to make them would hold others up.
 
     Raises:
-        InvalidRequestError: naming the input.
+        OptionError: naming the input.
     """
     if _count_values(text) > _MAX_JSON_VALUES:
-        raise InvalidRequestError(f"{name} holds more than {_MAX_JSON_VALUES} values: send less")
+        raise OptionError(name, f"holds more than {_MAX_JSON_VALUES} values: send less")
 
 
 def _count_values(text: str) -> int:
