@@ -25,7 +25,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ gcc libc
 
 # Laid out as a checkout is, to which Triton's folder of backends links.
 COPY python_backend /opt/tandem/python_backend
-COPY model_repository /opt/tandem/model_repository
+COPY model_repository/tandem /opt/tandem/model_repository/tandem
 COPY drafters /opt/tandem/drafters
 # Makes the default verifier where there is none.
 COPY scripts/fetch_models.py /opt/tandem/scripts/

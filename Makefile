@@ -4,6 +4,7 @@ HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 MODEL_REPOSITORY ?= model_repository
+MODELS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?= all
 BIN := .venv/bin
@@ -14,15 +15,15 @@ BIN := .venv/bin
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-setup: ## install packages, server and default model (PYTHON=python3)
+setup: ## install packages, server and the two models (PYTHON=python3)
 	@$(PYTHON) scripts/bootstrap.py
 
 demo: setup ## start a server, show what it does, stop it
 	@$(BIN)/python scripts/demo.py
 
-serve: setup ## serve until Ctrl-C (HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, MODEL_REPOSITORY)
+serve: setup ## serve until Ctrl-C (MODELS=tandem, MODEL_REPOSITORY, HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT)
 	@$(BIN)/python scripts/serve.py --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
-		--metrics-port $(METRICS_PORT) --model-repository $(MODEL_REPOSITORY)
+		--metrics-port $(METRICS_PORT) --model-repository $(MODEL_REPOSITORY) --models $(MODELS)
 
 test: setup tools .checkov/.stamp ## run the tests (PYTEST_ARGS="-k cache")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -94,8 +94,10 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        command.add_argument("--model", default=DEFAULT_MODEL, help=f"model name ({DEFAULT_MODEL})")
         return command
+
+    def add_model(command: Any, default: str | None, shown: str) -> None:
+        command.add_argument("--model", default=default, metavar="NAME", help=f"model ({shown})")
 
     command = add(
         "generate",
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "stream the answer to a prompt; text that the drafter guessed right is green",
         _GENERATE_EXAMPLES,
     )
+    add_model(command, DEFAULT_MODEL, DEFAULT_MODEL)
     command.add_argument("prompt", help="the text to continue; - reads standard input")
     command.add_argument("--json", action="store_true", help="print one JSON object at the end")
     _add_options(command)
@@ -113,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "talk with a model that has a chat template; Ctrl-D ends it, Ctrl-C an answer",
         _CHAT_EXAMPLES,
     )
+    add_model(command, None, "the first that has a chat template")
     command.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
     _add_options(command)
 
@@ -122,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "show what the server is doing, until Ctrl-C",
         _STATS_EXAMPLES,
     )
+    add_model(command, DEFAULT_MODEL, DEFAULT_MODEL)
     command.add_argument("--metrics-url", default=DEFAULT_METRICS_URL, help=DEFAULT_METRICS_URL)
     command.add_argument(
         "--interval", type=_seconds, default=2.0, metavar="S", help="seconds between looks (2)"
@@ -190,7 +195,8 @@ def _chat(parsed: argparse.Namespace) -> int:
     messages: list[dict[str, str]] = []
     if parsed.system:
         messages.append({"role": "system", "content": parsed.system})
-    with Client(parsed.url, parsed.model, parsed.timeout, _tls(parsed)) as client:
+    with Client(parsed.url, timeout=parsed.timeout, tls=_tls(parsed)) as any_model:
+        client = any_model.for_model(parsed.model or _chat_model(any_model))
         while (text := _ask()) is not None:
             messages.append({"role": "user", "content": text})
             try:
@@ -203,6 +209,15 @@ def _chat(parsed: argparse.Namespace) -> int:
             sys.stdout.flush()
             print(f"\n{summary(completion)}", file=sys.stderr)
     return OK
+
+
+def _chat_model(client: Client) -> str:
+    """The first of the server's models that has a chat template."""
+    for name in client.models():
+        if client.for_model(name).describe().chat_template is not None:
+            return name
+    # Its refusal says what is missing.
+    return DEFAULT_MODEL
 
 
 def _ask() -> str | None:

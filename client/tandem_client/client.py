@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -24,7 +25,7 @@ from tandem_client.queries import (
     detokenize,
     tokenize,
 )
-from tandem_client.repository import INDEX, config_request, is_tandem, ready_models
+from tandem_client.repository import INDEX, config_request, is_tandem, ready_models, untold
 from tandem_client.tls import TLS
 
 DEFAULT_URL = "localhost:8001"
@@ -81,6 +82,12 @@ class Client:
         """
         return self._run(ask_for_text(self.url, self.model, prompt, True, options))
 
+    def for_model(self, model: str) -> Client:
+        """A client of another model of the server, on the same connection."""
+        other = copy(self)
+        other.model, other._deaths = model, Deaths()
+        return other
+
     def describe(self) -> Description:
         """What the model is.
 
@@ -119,7 +126,7 @@ class Client:
                 if is_tandem(self._stub.ModelConfig(config_request(name), timeout=_READY_SECONDS))
             ]
         except grpc.RpcError as error:
-            raise explain(error, self.url, self.tls) from error
+            raise untold(explain(error, self.url, self.tls)) from error
 
     def close(self) -> None:
         """Closes the connection; running requests are cancelled."""
@@ -195,8 +202,8 @@ class AsyncClient:
 
     def for_model(self, model: str) -> AsyncClient:
         """A client of another model of the server, on the same connection."""
-        other = AsyncClient(self.url, model, self.timeout, self.tls)
-        other._connection = self._connection
+        other = copy(self)
+        other.model, other._deaths = model, Deaths()
         return other
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
@@ -248,7 +255,8 @@ class AsyncClient:
                 if is_tandem(await stub.ModelConfig(config_request(name), timeout=_READY_SECONDS))
             ]
         except grpc.RpcError as error:
-            raise await asyncio.to_thread(explain, error, self.url, self.tls) from error
+            why = await asyncio.to_thread(explain, error, self.url, self.tls)
+            raise untold(why) from error
 
     async def close(self) -> None:
         """Closes the connection, of all its models; running requests are cancelled."""

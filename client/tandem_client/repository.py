@@ -6,6 +6,8 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
+from tandem_client.errors import RequestError, TandemClientError
+
 _BACKEND = "tandem"
 
 # Asks for the models that are loaded.
@@ -25,3 +27,12 @@ def config_request(name: str) -> Any:
 def is_tandem(answer: Any) -> bool:
     """Whether a configuration is that of a model with our backend."""
     return bool(answer.config.backend == _BACKEND)
+
+
+def untold(error: TandemClientError) -> TandemClientError:
+    """The same, with the cure where the server, or a proxy before it, lets nobody ask."""
+    if not isinstance(error, RequestError):
+        return error
+    return RequestError(
+        f"the server doesn't say which models it has ({error}): name one, with --model", error.code
+    )

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -124,11 +124,11 @@ class _Gateway:
     async def models(self) -> dict[str, Any]:
         """`GET /v1/models`."""
         names = await self._models.clients()
-        return {"object": "list", "data": [self._card(name) for name in names]}
+        return {"object": "list", "data": [await self._card(name) for name in names]}
 
     async def model_card(self, name: str) -> dict[str, Any]:
         """`GET /v1/models/NAME`."""
-        return self._card((await self._models.find(name)).model)
+        return await self._card((await self._models.find(name)).model)
 
     async def health(self) -> Response:
         """`GET /health`: 200 when the server and its models take requests, else 503."""
@@ -139,13 +139,14 @@ class _Gateway:
         """`GET /metrics`, for Prometheus."""
         return Response(self._metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    def _card(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._started_at,
-            "owned_by": "tandem",
-        }
+    async def _card(self, name: str) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": self._started_at, "owned_by": "tandem"}
+        # A model that is dead for now is still one of the server's.
+        with suppress(TandemClientError):
+            description = await self._models.describe(name)
+            card["max_model_len"] = description.max_model_len
+            card["has_chat_template"] = description.chat_template is not None
+        return card
 
     async def _answer(self, kind: Kind, request: Request, http: HTTPRequest) -> Response:
         client = await self._models.find(request.model)

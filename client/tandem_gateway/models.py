@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from tandem_client import AsyncClient, TandemClientError
+from tandem_client import AsyncClient, Description, RequestTimeoutError, TandemClientError
 from tandem_gateway.errors import APIError, shorten
 
 _VALID_SECONDS = 1.0
+_ANSWER_SECONDS = 5.0
 
 
 class Models:
@@ -24,6 +25,7 @@ class Models:
         self._client = client
         self._is_fixed = bool(names)
         self._clients = {name: client.for_model(name) for name in names}
+        self._descriptions: dict[str, Description] = {}
         self._lock = asyncio.Lock()
         self._asked_at = float("-inf")
 
@@ -39,6 +41,8 @@ class Models:
                 self._clients = {
                     name: self._clients.get(name) or self._client.for_model(name) for name in names
                 }
+                for name in self._descriptions.keys() - self._clients.keys():
+                    del self._descriptions[name]
                 self._asked_at = time.monotonic()
             return self._clients
 
@@ -57,6 +61,22 @@ class Models:
             message = f"the model {shorten(name)!r} does not exist; this server has {there}"
             raise APIError(404, message, "model_not_found", "model")
         return clients[name]
+
+    async def describe(self, name: str) -> Description:
+        """What a model is; it is asked once.
+
+        Raises:
+            APIError: there is no such model.
+            TandemClientError: the model doesn't say.
+        """
+        client = await self.find(name)
+        if name not in self._descriptions:
+            try:
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    self._descriptions[name] = await client.describe()
+            except TimeoutError:
+                raise RequestTimeoutError(f"the model {name!r} doesn't answer") from None
+        return self._descriptions[name]
 
     async def are_ready(self) -> bool:
         """Whether there are models, and all of them take requests."""

@@ -8,11 +8,12 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tandem_runtime.address import port_is_free
 from tandem_runtime.paths import ROOT
-from tandem_runtime.server import ServerError, TritonServer
+from tandem_runtime.server import ONE_BY_ONE, ServerError, TritonServer, model_names
 
 _ANY = re.compile("")
 _WARNING = re.compile(r"[WE]\d{4} ")
@@ -31,11 +32,13 @@ def main() -> int:
         check_ports(arguments)
         server = TritonServer(
             arguments.model_repository,
+            models=arguments.models,
             host=arguments.host,
             http_port=arguments.http_port,
             grpc_port=arguments.grpc_port,
             metrics_port=arguments.metrics_port,
             log_verbose=int(arguments.verbose),
+            extra_args=[ONE_BY_ONE],
         )
         serve(server, arguments)
     except ServerError as error:
@@ -50,6 +53,9 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-repository", default=ROOT / "model_repository", type=Path)
+    parser.add_argument(
+        "--models", nargs="*", default=[], metavar="NAME", help="which of its models (all)"
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--http-port", default=8000, type=int)
     parser.add_argument("--grpc-port", default=8001, type=int)
@@ -89,7 +95,8 @@ def serve(server: TritonServer, arguments: argparse.Namespace) -> None:
         server.start()
         server.wait_ready(on_poll=lambda waited: log.show(loading, f"Loading ... {waited:.0f} s"))
         log.show(loading)
-        print(ready_line(server, arguments.model_repository), flush=True)
+        models = arguments.models or model_names(arguments.model_repository)
+        print(ready_line(server, models), flush=True)
         while server.is_running():
             log.show(serving)
             time.sleep(_POLL_SECONDS)
@@ -103,14 +110,14 @@ def serve(server: TritonServer, arguments: argparse.Namespace) -> None:
         server.stop()
 
 
-def ready_line(server: TritonServer, model_repository: Path) -> str:
-    """Where the server listens, and a first request."""
-    models = sorted(path.parent.name for path in model_repository.glob("*/config.pbtxt"))
+def ready_line(server: TritonServer, models: Sequence[str]) -> str:
+    """Where the server listens, a first request, and what the models take of the memory."""
     example = f"{server.http_url}/v2/models/{models[0] if models else 'NAME'}/generate"
     request = json.dumps({"text_input": "1, 2, 3,", "max_tokens": 16, "temperature": 0})
+    memory = ", ".join(f"{name} {size:.1f} GB" for name, size in sorted(server.memory().items()))
     return (
         f"Ready: {server.http_url} (HTTP), {server.grpc_url} (gRPC), {server.metrics_url}; try: "
-        f"curl {example} -d '{request}'"
+        f"curl {example} -d '{request}'\nMemory: {memory}"
     )
 
 

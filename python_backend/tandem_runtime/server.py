@@ -12,16 +12,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
+
+import psutil
 
 from tandem_runtime.address import client_host, in_url, is_ipv6, pick_ports
 from tandem_runtime.triton import TRITON, in_container, libpython_directory
 
+# Models that load at the same time would spoil each other's measurements of what a step costs.
+ONE_BY_ONE = "--model-load-thread-count=1"
 LOG_DIRECTORY = TRITON / "log"
 # How long the server lets running requests finish once it was asked to stop.
 EXIT_TIMEOUT_SECONDS = 10
 _POLL_SECONDS = 0.1
 _LOG_LINES = 30
+_STUB = "triton_python_backend_stub"
 # A configuration that doesn't parse, a model that doesn't load, and the server's own last words.
 _FAILURES = re.compile(
     r"""ERROR\ \S+\]\ (Error\ parsing\ text-format\ .*)
@@ -38,6 +44,10 @@ class ServerError(RuntimeError):
 class TritonServer:
     """A `tritonserver` process: as a context manager ready on entry and stopped on exit.
 
+    Args:
+        model_repository: a folder of models.
+        models: which of them to serve; all when empty.
+
     Attributes:
         host: the address that the server listens on.
         http_port: port of the HTTP service; where none was given, a free one that was picked.
@@ -50,6 +60,7 @@ class TritonServer:
         self,
         model_repository: Path | str,
         *,
+        models: Sequence[str] = (),
         host: str = "127.0.0.1",
         http_port: int | None = None,
         grpc_port: int | None = None,
@@ -63,10 +74,12 @@ class TritonServer:
             host, (http_port, grpc_port, metrics_port)
         )
         self.log_file = Path(log_file or LOG_DIRECTORY / f"server-{self.http_port}.log").absolute()
+        self._chosen = _choose(Path(model_repository), models) if models else None
+        repository = Path(self._chosen.name if self._chosen else model_repository)
         libevent_host = f"ipv6:{host}" if is_ipv6(host) else host
         self._command = [
             str(TRITON / "bin" / "tritonserver"),
-            f"--model-repository={Path(model_repository).absolute()}",
+            f"--model-repository={repository.absolute()}",
             f"--backend-directory={TRITON / 'backends'}",
             f"--exit-timeout-secs={EXIT_TIMEOUT_SECONDS}",
             "--strict-readiness=true",
@@ -106,6 +119,18 @@ class TritonServer:
             ServerError: it was not started.
         """
         return self._started().pid
+
+    def memory(self) -> dict[str, float]:
+        """Resident gigabytes of each model's process, by the model's name."""
+        found: dict[str, float] = {}
+        for process in psutil.Process(self.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                program, *arguments = process.cmdline() or [""]
+                # `REPOSITORY/MODEL/VERSION/model.py` comes first.
+                if program.endswith(_STUB):
+                    model = Path(arguments[0]).parents[1].name
+                    found[model] = found.get(model, 0.0) + process.memory_info().rss / 1e9
+        return found
 
     def start(self) -> None:
         """Starts the process, in a group of its own: a terminal's Ctrl-C doesn't reach it.
@@ -227,6 +252,31 @@ def failure_reason(log: str) -> str:
     reasons = [match[1] or match[2] or match[3] for match in _FAILURES.finditer(log)]
     # The server's own summary says least.
     return "\n".join(dict.fromkeys(reasons[:-1] or reasons))
+
+
+def _choose(repository: Path, models: Sequence[str]) -> TemporaryDirectory[str]:
+    """A repository of links to some models of another, which goes with the object.
+
+    Triton can be told which to load, but then clients may load and unload them.
+
+    Raises:
+        ServerError: there is no such model.
+    """
+    there = model_names(repository)
+    for name in models:
+        if name not in there:
+            raise ServerError(
+                f"there is no model {name!r} in {repository}: it has {', '.join(there) or 'none'}"
+            )
+    chosen = TemporaryDirectory(prefix="tandem-models-")
+    for name in models:
+        Path(chosen.name, name).symlink_to((repository / name).absolute())
+    return chosen
+
+
+def model_names(repository: Path) -> list[str]:
+    """The models of a repository."""
+    return sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
 
 
 def _shared_memory(pid: int) -> set[Path]:

@@ -19,6 +19,7 @@ import requests
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
+from tandem_client import TLS
 from tandem_gateway.app import create_app
 from tandem_gateway.limits import Limits
 from tandem_gateway.server import make_server
@@ -42,9 +43,22 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         state: "alive"; "dead", as Triton is when the model's process is: nothing more comes, and
             what is sent is refused a second later; "stopped": nothing comes; "draining".
         refusal: what is answered to every prompt, if anything.
+        models: their backends by name.
+        chat_models: those that have a chat template.
+        dead_models: those whose process is dead.
+        keeps_models_secret: whether it lets nobody ask which there are.
+        asked: the models that prompts were for.
+        peers: who sent them.
     """
 
     def __init__(self) -> None:
+        self.models = {"tandem": "tandem"}
+        self.chat_models: set[str] = set()
+        self.dead_models: set[str] = set()
+        self.keeps_models_secret = False
+        self.asked: list[str] = []
+        self.peers: set[str] = set()
+        self.num_indexed = 0
         self.state = "alive"
         self.refusal = ""
         self.seconds = 0.0
@@ -56,6 +70,24 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> Any:
         return service_pb2.ModelReadyResponse(ready=True)
 
+    async def RepositoryIndex(  # noqa: N802
+        self, request: Any, context: Any
+    ) -> Any:
+        self.num_indexed += 1
+        if self.keeps_models_secret:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied")
+        answer = service_pb2.RepositoryIndexResponse()
+        for name in self.models:
+            answer.models.add(name=name, version="1", state="READY")
+        return answer
+
+    async def ModelConfig(  # noqa: N802
+        self, request: Any, context: Any
+    ) -> Any:
+        answer = service_pb2.ModelConfigResponse()
+        answer.config.backend = self.models[request.name]
+        return answer
+
     async def ModelStreamInfer(  # noqa: N802
         self, requests: Any, context: Any
     ) -> AsyncIterator[Any]:
@@ -63,6 +95,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         tasks: list[asyncio.Task[None]] = []
 
         async def read() -> None:
+            self.peers.add(context.peer())
             async for request in requests:
                 task = asyncio.create_task(self._answer(request, answers))
                 tasks.append(task)
@@ -83,9 +116,15 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def _answer(self, request: Any, answers: asyncio.Queue[Any]) -> None:
         is_ping = "tandem_ping" in request.parameters
         self.num_pings += is_ping
+        if "tandem_query" in request.parameters:
+            text = json.dumps(self._description(request.model_name))
+            await answers.put(_chunk(request, text, final=True))
+            return
+        if not is_ping:
+            self.asked.append(request.model_name)
         if self.state == "stopped":
             await asyncio.Event().wait()
-        if self.state == "dead":
+        if self.state == "dead" or request.model_name in self.dead_models:
             await asyncio.sleep(1)
             await answers.put(_failure(request, "Stub process 'tandem_0_0' is not healthy."))
         elif is_ping and self.state == "draining":
@@ -96,6 +135,18 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             await answers.put(_failure(request, self.refusal))
         else:
             await self._write(request, answers)
+
+    def _description(self, model: str) -> dict[str, Any]:
+        return {
+            "chat_template": "{{ messages }}" if model in self.chat_models else None,
+            "max_model_len": 2048,
+            "vocab_size": 256,
+            "dtype": "float32",
+            "eos_token_ids": [1],
+            "eos_tokens": ["</s>"],
+            "drafters": {"ngram": 4},
+            "default_drafter": "ngram",
+        }
 
     async def _write(self, request: Any, answers: asyncio.Queue[Any]) -> None:
         inputs = {tensor.name: tensor.contents for tensor in request.inputs}
@@ -139,14 +190,19 @@ def _chunk(request: Any, text: str, *, final: bool) -> Any:
 
 
 @contextmanager
-def fake_triton() -> Iterator[FakeTriton]:
-    """One that listens, on a thread of its own."""
+def fake_triton(credentials: grpc.ServerCredentials | None = None) -> Iterator[FakeTriton]:
+    """One that listens, on a thread of its own; with TLS, if there are credentials."""
     fake, started, loop = FakeTriton(), threading.Event(), asyncio.new_event_loop()
 
     async def serve() -> None:
         server = grpc.aio.server()
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
-        fake.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        port = (
+            server.add_secure_port("127.0.0.1:0", credentials)
+            if credentials
+            else server.add_insecure_port("127.0.0.1:0")
+        )
+        fake.url = f"127.0.0.1:{port}"
         await server.start()
         started.set()
         await stop.wait()
@@ -166,10 +222,14 @@ def fake_triton() -> Iterator[FakeTriton]:
 
 @contextmanager
 def gateway(
-    url: str, *keys: str, models: Sequence[str] = ("tandem",), **limits: Any
+    url: str,
+    *keys: str,
+    models: Sequence[str] = (),
+    tls: TLS | None = None,
+    **limits: Any,
 ) -> Iterator[str]:
     """One that listens, on a thread of its own; its address is given."""
-    app = create_app(url, models, api_keys=keys, limits=Limits(**limits))
+    app = create_app(url, models, tls=tls, api_keys=keys, limits=Limits(**limits))
     server = make_server(app, "127.0.0.1", 0, drain_seconds=1)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -32,7 +32,6 @@ def write_repository(
     version = directory / name / "1"
     version.mkdir(parents=True)
     config = (ROOT / "model_repository/tandem/config.pbtxt").read_text()
-    config = config.replace('name: "tandem"', f'name: "{name}"')
     config = config.replace('string_value: "128"', f'string_value: "{max_queue_size}"')
     config = config.replace("max_batch_size: 8", f"max_batch_size: {max_batch_size}")
     # Triton's own parameter, shortened so that the test of it needn't wait.

@@ -197,8 +197,20 @@ def test_chat_keeps_the_conversation(server: TritonServer) -> None:
     assert result.stderr.count("tokens/s") == 2
 
 
+def test_chat_is_with_the_first_model_that_has_a_template(server: TritonServer) -> None:
+    """The server has `tandem`, which has none, and `short_queue` and `vllm_format`, which do."""
+    with Client(server.grpc_url) as client:
+        assert client.models() == ["short_queue", "tandem", "vllm_format"]
+    options = ["--url", server.grpc_url, "--temperature", "0", "--max-tokens", "12"]
+    picked, named = (
+        command("chat", *options, *more, text="hello\n")
+        for more in ((), ("--model", "short_queue"))
+    )
+    assert (picked.returncode, picked.stdout) == (0, named.stdout)
+
+
 def test_chat_needs_a_template(server: TritonServer) -> None:
-    result = command("chat", "--url", server.grpc_url, text="hello\n")
+    result = command("chat", "--url", server.grpc_url, "--model", "tandem", text="hello\n")
     assert result.returncode == 1
     assert result.stderr.startswith(
         "error: messages can't be used: this model has no chat template"
