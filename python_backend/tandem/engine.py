@@ -61,6 +61,7 @@ class Engine:
             loaded.compiled,
         )
         self.drafters: dict[str, Drafter] = load_drafters(config, loaded)
+        self.round = make_round(self.verifier, self.drafters, loaded, config)
         self.scheduler = Scheduler(
             BlockPool(
                 loaded.cache.groups,
@@ -83,9 +84,6 @@ class Engine:
         self.text_limits = self._admission.limits
         self.check_token_ids = self._admission.check_token_ids
         self._lifecycle = Lifecycle(self.scheduler, self.drafters, self.stats, self._forget)
-        self.round = make_round(
-            self.verifier, self.drafters, loaded.eos_token_ids, config, loaded.max_model_len
-        )
         calibration = Calibration(self.verifier, self.drafters, self.scheduler, self.round)
         self.lookahead = make_lookahead(config, calibration)
         if config.synthetic_acceptance_rates:

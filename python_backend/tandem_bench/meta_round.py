@@ -92,7 +92,7 @@ class MetaRound:
         if load.num_drafts:
             found["draft"] = partial(self._programs.draft, 0, load.num_sequences, load.num_drafts)
         found["verify"] = lambda: verified.append(self._programs.verify(size))
-        found["accept"] = lambda: self._programs.accept(size, verified.pop())
+        found["accept"] = lambda: self._programs.accept(size, verified.pop(), adjusts=False)
         return found
 
 

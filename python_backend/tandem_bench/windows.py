@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from tandem import Engine, EngineConfig, SamplingParams, Sequence
 from tandem.cache.kv_cache import LayerShape
-from tandem.models.loading import CacheRoom
+from tandem.cache.room import CacheRoom
 from tandem.models.probing import probe
 from tandem_bench.figures import median
 from tandem_bench.noise import undisturbed

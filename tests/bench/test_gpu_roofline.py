@@ -60,7 +60,7 @@ def programs_of(engine: Engine) -> dict[str, Callable[[], Any]]:
     return {
         "draft": lambda: programs.draft(0, LOAD.num_sequences, LOAD.num_drafts),
         "verify": lambda: verified.append(programs.verify(size)),
-        "accept": lambda: programs.accept(size, verified.pop()),
+        "accept": lambda: programs.accept(size, verified.pop(), adjusts=False),
     }
 
 

@@ -21,9 +21,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tandem.cuda import attention, sampling, sampling_kernels
+from tandem.cuda import attention, products, sampling, sampling_kernels
 from tandem.cuda.attention import Tiles
-from tandem.cuda.kernels import attend_parts, gate, join_parts, rms_norm, rotate, write_kv
+from tandem.cuda.kernels import (
+    attend_parts,
+    gate,
+    join_parts,
+    multiply,
+    rms_norm,
+    rotate,
+    write_kv,
+)
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Query heads that share a KV head, and the size of a head: Llama and Qwen; Gemma 3; Gemma 4 E2B and
@@ -143,6 +151,17 @@ def compiled_layers(target: GPUTarget) -> Iterator[tuple[str, dict[str, int]]]:
     for kernel, constants, num_warps in cases:
         found = _compile(kernel, target, kinds, constants, {"num_warps": num_warps})
         yield f"{kernel.__name__} {constants}", found
+    tile = {
+        "TILE_ROWS": products.TILE_ROWS,
+        "TILE_OUTPUTS": products.TILE_OUTPUTS,
+        "TILE_ELEMENTS": products.TILE_ELEMENTS,
+        "IS_FLOAT32": False,
+    }
+    pointers = dict.fromkeys(("rows", "weight", "bias", "output"), "bf16")
+    for size, more in itertools.product((2560, 5376), ({}, {"bias": None})):
+        constants = {"SIZE": size} | tile | more
+        found = _compile(multiply, target, pointers, constants, products.OPTIONS)
+        yield f"multiply {constants}", found
 
 
 def compiled_sampling(target: GPUTarget) -> Iterator[tuple[str, dict[str, int]]]:

@@ -71,7 +71,7 @@ def programs_of(engine: Engine) -> list[Callable[[], object]]:
     programs, size = round_.programs, round_.size
     return [
         lambda: programs.draft(0, 3, 4),
-        lambda: programs.accept(size, programs.verify(size)),
+        lambda: programs.accept(size, programs.verify(size), adjusts=False),
     ]
 
 
@@ -184,9 +184,13 @@ class GraphWing(QuickWing):
 
 
 def test_steps_are_a_few_graphs(engines: Engines) -> None:
-    """Three for a step with an assistant, and two without; the tokens are those of no graphs."""
+    """Three for a step with an assistant, and two without; the tokens are those of no graphs.
+
+    Penalties have graphs too.
+    """
     settings = {"max_num_seqs": 3, "max_num_batched_tokens": 40}
-    requests = [(prompt_of(9 + 17 * n), replace(SAMPLED, seed=n)) for n in range(4)]
+    asked = [SAMPLED, ADJUSTED, SAMPLED, SAMPLED]
+    requests = [(prompt_of(9 + 17 * n), replace(each, seed=n)) for n, each in enumerate(asked)]
     expected = plain(engines("gemma-4-31B", mtp=True), requests)
     with cuda_wing(GraphWing):
         engine = engines.make("gemma-4-31B", mtp=True, enforce_eager=False, **settings)
@@ -217,7 +221,7 @@ def test_no_memory_for_graphs_says_what_to_change(
         raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(HostTools, "graph", graph)
-    with cuda_wing(QuickWing), pytest.raises(ConfigError, match="lower gpu_memory_utilization"):
+    with cuda_wing(QuickWing), pytest.raises(ConfigError, match="lower kv_cache_tokens"):
         engines.make("llama", enforce_eager=False)
 
 

@@ -140,26 +140,37 @@ def test_the_default_leaves_out_what_cannot_be_had(
 ) -> None:
     caplog.set_level(logging.INFO)
     engines.make(MIXTURE)
-    assert "batch_invariant is off: Gemma4TextExperts has weights outside packed" in caplog.text
+    assert "batch_invariant is off: Gemma4TextExperts has weights outside linear" in caplog.text
     caplog.clear()
     engines.make("gemma-3", enforce_eager=True)
     assert re.search(r"batch_invariant is (on|off): products of 1, 4, 16 rows", caplog.text)
 
 
-@pytest.mark.parametrize(("cost", "is_on"), [(0.02, True), (0.04, False)])
+@pytest.mark.parametrize(
+    ("costs", "is_on"), [([0.02], True), ([0.4, 0.02], True), ([0.04] * 2, False)]
+)
 def test_the_default_pays_next_to_nothing(
     engines: Engines,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    cost: float,
+    costs: list[float],
     is_on: bool,
 ) -> None:
-    monkeypatch.setattr("tandem.cpu.wing.cost_of_own_products", lambda _: [-0.2, cost, 0.0])
+    """What else the machine does while a product is timed isn't taken for its cost."""
+    times = iter(costs)
+    rounds = []
+
+    def cost_of(_: object, count: int) -> dict[int, float]:
+        rounds.append(count)
+        return {1: -0.2, 4: next(times), 16: 0.0}
+
+    monkeypatch.setattr("tandem.cpu.wing.cost_of_own_products", cost_of)
     caplog.set_level(logging.INFO)
     engine = engines.make("gemma-3", enforce_eager=True)
     layers = [m for m in engine.verifier.model.modules() if isinstance(m, PackedLinear)]
     assert {layer.memory is not None for layer in layers} == {is_on}
-    assert f"-20%, +{cost:.0%}, +0%" in caplog.text
+    assert f"-20%, +{costs[-1]:.0%}, +0%" in caplog.text
+    assert rounds == [3, 30][: len(costs)]
 
 
 @pytest.mark.parametrize("batch_invariant", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from tandem.cpu.kernels import attention_kernel
 from tandem.cuda.round_tools import RoundTools
 from tandem.cuda.sampling import choose
 from tandem.cuda.wing import CUDAWing
+from tandem.errors import UnsupportedModelError
 from tandem.sampling.noise import splitmix64
 from tandem.sampling.sample import _Rows, _sample_rows, largest
 
@@ -76,10 +78,8 @@ class InterpretedWing(CUDAWing):
     def free_bytes(self) -> int:
         return psutil.virtual_memory().available
 
-    def cache_bytes(
-        self, wanted: int, utilization: float, largest_pass: Callable[[], object]
-    ) -> int:
-        return wanted
+    def release(self) -> None:
+        gc.collect()
 
 
 def choose_as_a_cpu(
@@ -109,6 +109,9 @@ class QuickWing(InterpretedWing):
 
     def prepare_drafter(self, drafter: Any, keep: Any = None) -> None:
         pass
+
+    def check_attention(self, dtype: torch.dtype) -> None:
+        raise UnsupportedModelError("batch_invariant: the CPU's products are not replaced here")
 
     def attention_kernel(self, dtype: torch.dtype) -> Any:
         return attention_kernel(self._device, dtype)

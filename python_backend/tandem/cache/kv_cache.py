@@ -63,17 +63,30 @@ class KVCache:
             write: how a pass writes to it; by torch's operations if None.
         """
         self.write = write or _write
+        self._shapes = shapes
         self._num_scratch = int(has_scratch)
-        self.groups = groups
         self.windows = [group.window for group in groups]
         self.block_size = block_size
         self._group_of_layer = {s.layer: group_of(self.windows, s.window) for s in shapes}
-        elements = sum(s.elements_per_token * self._num_slots(s.layer) for s in shapes)
-        # Written, so that the memory is there: else it would be taken bit by bit in service.
-        self._storage = torch.empty(elements, dtype=dtype, device=device).zero_()
+        self._storage = torch.empty(0, dtype=dtype, device=device)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.allocate(groups)
+
+    def allocate(self, groups: Items[LayerGroup]) -> None:
+        """Replaces the allocation, and loses what it holds.
+
+        Args:
+            groups: those there are, of other sizes.
+        """
+        self.groups = groups
+        # Before there is another.
+        self._layers.clear()
+        self._storage = self._storage.new_empty(0)
+        elements = sum(s.elements_per_token * self._num_slots(s.layer) for s in self._shapes)
+        # Written, so that the memory is there: else it would be taken bit by bit in service.
+        self._storage = self._storage.new_empty(elements).zero_()
         offset = 0
-        for shape in shapes:
+        for shape in self._shapes:
             num_slots = self._num_slots(shape.layer)
             size = num_slots * shape.num_kv_heads * shape.head_dim
             keys, values = (

@@ -19,8 +19,7 @@ from tandem.cpu.linear import PackedLinear
 from tandem.errors import UnsupportedModelError
 
 # Rows of the products that are timed: one sequence, one with drafts, and several sequences.
-TIMED_ROWS = (1, 4, 16)
-_ROUNDS = 3
+_TIMED_ROWS = (1, 4, 16)
 # Layers of one shape that are timed, so that weights come from where they do in a pass.
 _LAYERS_AT_ONCE = 8
 # Counts of rows that are compared with one row.
@@ -57,19 +56,23 @@ def use_onednn(model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def cost_of_own_products(model: nn.Module) -> list[float]:
-    """What they take longer than oneDNN's, as a share, for each of `TIMED_ROWS`."""
-    shares = []
+def cost_of_own_products(model: nn.Module, rounds: int) -> dict[int, float]:
+    """What they take longer than oneDNN's, as a share, by the number of rows.
+
+    Args:
+        rounds: of each, in turns; the quickest counts.
+    """
+    shares = {}
     groups = _by_shape(_packed(model)).values()
-    for count in TIMED_ROWS:
+    for count in _TIMED_ROWS:
         own = others = 0.0
         for layers in groups:
             rows = _rows(layers[0], count)
             some = layers[:_LAYERS_AT_ONCE]
-            times = _times([_each(some, rows, own=False), _each(some, rows, own=True)])
+            times = _times([_each(some, rows, own=False), _each(some, rows, own=True)], rounds)
             others += times[0] * len(layers) / len(some)
             own += times[1] * len(layers) / len(some)
-        shares.append(own / others - 1)
+        shares[count] = own / others - 1
     return shares
 
 
@@ -109,10 +112,10 @@ def _each(layers: Items[PackedLinear], rows: Tensor, *, own: bool) -> Callable[[
     return run
 
 
-def _times(runs: Items[Callable[[], None]]) -> list[float]:
+def _times(runs: Items[Callable[[], None]], rounds: int) -> list[float]:
     """Seconds of each at best, in turns."""
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(_ROUNDS + 1):
+    for _ in range(rounds + 1):
         for run, found in zip(runs, times, strict=True):
             start = time.perf_counter()
             run()

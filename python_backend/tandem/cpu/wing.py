@@ -26,6 +26,7 @@ from tandem.cpu.kernels import (
     fuse_norms,
     likeliest_token,
 )
+from tandem.cpu.linear import PackedLinear
 from tandem.cpu.packing import (
     can_pack,
     head_matrix,
@@ -34,7 +35,6 @@ from tandem.cpu.packing import (
     pack_model,
 )
 from tandem.cpu.products import (
-    TIMED_ROWS,
     cost_of_own_products,
     use_onednn,
     use_own_products,
@@ -52,7 +52,15 @@ T = TypeVar("T")
 
 
 class CPUWing:
-    """The CPU's side of what `tandem.wing` promises."""
+    """The CPU's side of what `tandem.wing` promises.
+
+    Attributes:
+        fills_memory: other processes need it too.
+        linear: layers whose products `use_own_products` replaces.
+    """
+
+    fills_memory = False
+    linear = PackedLinear
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -131,17 +139,21 @@ class CPUWing:
                 "batch_invariant: Tandem's own attention is needed: install a C++ compiler"
             )
 
-    def use_own_products(self, model: nn.Module) -> dict[int, float]:
+    def use_own_products(self, model: nn.Module) -> None:
         """Makes a row's products independent of what other rows there are.
-
-        Returns:
-            What they take longer than oneDNN's, as a share, by the number of rows.
 
         Raises:
             UnsupportedModelError: it can't be done.
         """
         use_own_products(model)
-        return dict(zip(TIMED_ROWS, cost_of_own_products(model), strict=True))
+
+    def own_costs(self, model: nn.Module, rounds: int) -> dict[int, float]:
+        """What they take longer than oneDNN's, as a share, by the number of rows.
+
+        Args:
+            rounds: of each, in turns; the quickest counts.
+        """
+        return cost_of_own_products(model, rounds)
 
     def use_library_products(self, model: nn.Module) -> None:
         """Takes `use_own_products` back."""
@@ -183,13 +195,14 @@ class CPUWing:
         """Memory that nobody uses."""
         return int(psutil.virtual_memory().available)
 
-    def cache_bytes(
-        self, wanted: int, utilization: float, largest_pass: Callable[[], object]
-    ) -> int:
+    def release(self) -> None:
+        """What is free is anybody's already."""
+
+    def cache_bytes(self, wanted: int, utilization: float, held: int) -> int:
         """Bytes for the KV cache: as many as all sequences may need, if memory has them.
 
         Args:
             wanted: for `max_num_seqs` sequences of `max_model_len` tokens.
-            utilization, largest_pass: of use where the device's memory is all for this process.
+            utilization, held: of use where the device's memory is all for this process.
         """
         return min(wanted, int(psutil.virtual_memory().available * _CACHE_SHARE))

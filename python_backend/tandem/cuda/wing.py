@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager
@@ -32,9 +33,13 @@ class CUDAWing:
 
     Attributes:
         occupies_host: the host's threads run beside a step.
+        fills_memory: what everything else leaves is for the KV cache.
+        linear: layers whose products `use_own_products` replaces.
     """
 
     occupies_host = False
+    fills_memory = True
+    linear = nn.Linear
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -83,21 +88,41 @@ class CUDAWing:
     # --- batch_invariant
 
     def check_attention(self, dtype: torch.dtype) -> None:
-        """There is no attention that doesn't depend on what else is in a pass.
+        """Whether attention is that of kernels, whose splits go by positions.
 
         Raises:
-            UnsupportedModelError: always.
+            UnsupportedModelError: it isn't.
         """
-        raise UnsupportedModelError(
-            "batch_invariant: torch's operations on a GPU depend on what else is in the batch"
-        )
+        if self.round_tools(dtype) is None:
+            raise UnsupportedModelError(
+                "batch_invariant: Tandem's kernels are needed: install triton"
+            )
 
-    def use_own_products(self, model: nn.Module) -> dict[int, float]:
-        """Never called: `check_attention` refuses."""
-        return {}
+    def use_own_products(self, model: nn.Module) -> None:
+        """Makes a row's products independent of what other rows there are.
+
+        Raises:
+            UnsupportedModelError: it can't be done.
+        """
+        from tandem.cuda.products import use_own_products
+
+        use_own_products(model)
+
+    def own_costs(self, model: nn.Module, rounds: int) -> dict[int, float]:
+        """What they take longer than the library's, as a share, by the number of rows.
+
+        Args:
+            rounds: of each, in turns; the quickest counts.
+        """
+        from tandem.cuda.products import costs
+
+        return costs(model, rounds, self.synchronize)
 
     def use_library_products(self, model: nn.Module) -> None:
-        """Products are those of torch."""
+        """Takes `use_own_products` back."""
+        from tandem.cuda.products import use_library
+
+        use_library(model)
 
     # --- operations
 
@@ -144,27 +169,26 @@ class CUDAWing:
         """The GPU's memory that nobody uses."""
         return torch.cuda.mem_get_info(self._device)[0]
 
-    @torch.inference_mode()
-    def cache_bytes(
-        self, wanted: int, utilization: float, largest_pass: Callable[[], object]
-    ) -> int:
-        """Bytes for the KV cache: what the weights and the largest pass leave.
+    def release(self) -> None:
+        """Gives back what was only kept for what might come."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
-        Graphs have memory of their own: as much as the largest pass, at most.
+    def cache_bytes(self, wanted: int, utilization: float, held: int) -> int:
+        """Bytes for the KV cache: what everything else leaves, once all of it has run.
+
+        What is reserved by then is weights, graphs, and the peak of what ran without one. Outside
+        of it lie the driver's own, graphs' too, and other processes.
 
         Args:
             wanted: of use where the memory is not all for this process.
-            utilization: the share of the GPU's memory that this process may fill.
-            largest_pass: runs it.
+            utilization: the share of the GPU's memory that may be filled.
+            held: by the cache that there is.
         """
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        largest_pass()
         free, total = torch.cuda.mem_get_info(self._device)
-        outside = total - free - torch.cuda.memory_reserved(self._device)
-        peak = torch.cuda.max_memory_allocated(self._device)
-        torch.cuda.empty_cache()
-        return max(0, int(total * utilization) - outside - peak - (peak - before))
+        reserved = torch.cuda.memory_reserved(self._device)
+        outside = total - free - reserved
+        return max(0, int(total * utilization) - outside - (reserved - held))
 
 
 def _fuse(model: nn.Module) -> None:

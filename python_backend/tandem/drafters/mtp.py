@@ -109,10 +109,12 @@ class Gemma4Drafter(MTPDrafter):
         check_gemma4_fit(assistant, verifier, cache)
         super().__init__(assistant, cache)
         self._embed = verifier.get_input_embeddings()
-        # The pool itself: the assistant's layers pass it on to the attention function.
-        self.shared_kv_states = {
-            kind: cache.layer(index) for kind, index in source_layers(verifier, cache).items()
-        }
+        self._sources = source_layers(verifier, cache)
+
+    @property
+    def shared_kv_states(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The pool itself: the assistant's layers pass it on to the attention function."""
+        return {kind: self._cache.layer(index) for kind, index in self._sources.items()}
 
     def advance(
         self, tokens: Tensor, hidden: Tensor, positions: Tensor, draw: DrawGuess, packed: Packed
@@ -122,7 +124,7 @@ class Gemma4Drafter(MTPDrafter):
         output = self._assistant.model(
             inputs_embeds=self._assistant.pre_projection(inputs),
             position_ids=positions,
-            attention_mask=dict.fromkeys(self.shared_kv_states),
+            attention_mask=dict.fromkeys(self._sources),
             shared_kv_states=self.shared_kv_states,
             use_cache=False,
             # A number, such as the default, would make Gemma 4 slice the row as one sequence.
@@ -172,8 +174,11 @@ class TrainedDrafter(MTPDrafter):
         super().__init__(assistant, cache)
         self.vocabulary = frozenset(assistant.draft_token_ids.tolist())
         self.trained_length = assistant.config.trained_length
-        self._shared = SharedKV([cache.layer(index) for index in assistant.config.source_layers])
-        self.compiled = None if enforce_eager else compile_step(assistant, self._shared, cache)
+        self.compiled = None if enforce_eager else compile_step(assistant, self._shared(), cache)
+
+    def _shared(self) -> SharedKV:
+        sources = self._assistant.config.source_layers
+        return SharedKV([self._cache.layer(index) for index in sources])
 
     def advance(
         self, tokens: Tensor, hidden: Tensor, positions: Tensor, draw: DrawGuess, packed: Packed
@@ -184,7 +189,7 @@ class TrainedDrafter(MTPDrafter):
             assert isinstance(packed, PackedBatch)
             state, logits = self.compiled(*row, packed)
         else:
-            state = self._assistant(*row, self._shared, packed=packed)
+            state = self._assistant(*row, self._shared(), packed=packed)
             logits = self._assistant.head(state)
         token_ids = self._assistant.draft_token_ids.expand(len(tokens), -1)
         return draw(logits[0], token_ids), state[0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tandem.cache.kv_cache import KVCache, LayerShape
-from tandem.cache.layer_groups import LayerGroup, group_of, plan_groups, windows_of
+from tandem.cache.kv_cache import KVCache
+from tandem.cache.room import CacheRoom
 from tandem.config import EngineConfig
 from tandem.errors import ConfigError, DrafterMismatchError
 from tandem.models.attention import ATTENTION
@@ -25,13 +23,8 @@ from tandem.models.checkpoint import load_model, load_tokenizer
 from tandem.models.compiled_pass import CompiledPass, compile_pass
 from tandem.models.head import OutputHead
 from tandem.models.invariance import make_invariant
-from tandem.models.probing import (
-    NUM_PROBE_TOKENS,
-    check_paged,
-    probe,
-    probe_ids,
-)
-from tandem.wing import device_of, wing_of
+from tandem.models.probing import check_paged, probe
+from tandem.wing import Wing, device_of, wing_of
 
 logger = logging.getLogger("tandem")
 
@@ -54,7 +47,8 @@ class LoadedVerifier:
     """A verifier that is known to run on the paged cache.
 
     `draft_models` are the causal LMs that draft for it, by drafter; their caches have the
-    verifier's geometry. With `batch_invariant`, a token's logits depend to the last bit on nothing
+    verifier's geometry. `room` says how large that of all of them is for so many tokens. With
+    `batch_invariant`, a token's logits depend to the last bit on nothing
     but the tokens before it.
     """
 
@@ -62,6 +56,7 @@ class LoadedVerifier:
     head: OutputHead
     tokenizer: PreTrainedTokenizerBase | None
     cache: KVCache
+    room: CacheRoom
     compiled: CompiledPass | None
     max_model_len: int
     eos_token_ids: frozenset[int]
@@ -104,12 +99,8 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     batch_invariant = make_invariant(model, config.batch_invariant)
     all_shapes = [shape for shapes, _ in probes.values() for shape in shapes]
     room = CacheRoom(all_shapes, max_model_len, dtype, config)
-    num_tokens = _cache_tokens(config, model, max_model_len, room)
-    if num_tokens < max_model_len:
-        raise ConfigError(
-            f"the KV cache holds {num_tokens} tokens, fewer than one sequence of max_model_len "
-            f"{max_model_len}: raise kv_cache_tokens or lower max_model_len"
-        )
+    num_tokens = _cache_tokens(config, wing, room)
+    room.check(num_tokens)
     groups = room.groups(num_tokens)
     cached = {}
     for name, each in models.items():
@@ -131,13 +122,15 @@ def load_verifier(config: EngineConfig) -> LoadedVerifier:
     compiles = head.is_deferred and not config.enforce_eager
     if not (compiles or config.enforce_eager):
         logger.info("%s runs uncompiled: it changes its logits", type(model).__name__)
-    logger.info("KV cache: %s", room.describe(num_tokens))
+    if not cache_grows(config, wing):
+        logger.info("KV cache: %s", room.describe(num_tokens))
     draft_models = {name: each for name, each in cached.items() if name is not None}
     return LoadedVerifier(
         model,
         head,
         tokenizer,
         verifier.cache,
+        room,
         compile_pass(model, verifier.cache) if compiles else None,
         max_model_len,
         _eos_token_ids(model),
@@ -219,76 +212,14 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
-class CacheRoom:
-    """What a cache for so many tokens of context takes."""
-
-    def __init__(
-        self,
-        shapes: Items[LayerShape],
-        max_model_len: int,
-        dtype: torch.dtype,
-        config: EngineConfig,
-    ) -> None:
-        """Takes what all models store, and how many sequences of which length there may be."""
-        self._config = config
-        self._max_model_len = max_model_len
-        self._windows = windows_of((shape.window for shape in shapes), max_model_len)
-        # Of one token, in each group.
-        self._bytes = [0] * len(self._windows)
-        self._num_layers = [0] * len(self._windows)
-        for shape in shapes:
-            group = group_of(self._windows, shape.window)
-            self._bytes[group] += shape.elements_per_token * dtype.itemsize
-            self._num_layers[group] += 1
-
-    def groups(self, num_tokens: int) -> list[LayerGroup]:
-        """How the groups share a cache for so many tokens."""
-        config = self._config
-        return plan_groups(
-            self._windows,
-            num_tokens,
-            config.block_size,
-            self._max_model_len,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-        )
-
-    def num_bytes(self, num_tokens: int) -> int:
-        """Bytes of a cache for so many tokens."""
-        groups = zip(self.groups(num_tokens), self._bytes, strict=True)
-        return sum(group.num_blocks * each for group, each in groups) * self._config.block_size
-
-    def num_tokens(self, num_bytes: int) -> int:
-        """The most tokens, in whole blocks, for which so many bytes are enough."""
-        size = self._config.block_size
-        # Beyond some length a window group takes no more, so a group without one bounds it.
-        kept = sum(b for b, w in zip(self._bytes, self._windows, strict=True) if w is None)
-        most = num_bytes // (kept or sum(self._bytes)) // size
-        counts = range(most + 1)
-        return (bisect_right(counts, num_bytes, key=lambda n: self.num_bytes(n * size)) - 1) * size
-
-    def describe(self, num_tokens: int) -> str:
-        """Sizes for the log."""
-        parts = [
-            f"{group.name}: {num_layers} layers, {group.num_blocks} blocks, {each} bytes a token"
-            for group, num_layers, each in zip(
-                self.groups(num_tokens), self._num_layers, self._bytes, strict=True
-            )
-        ]
-        size = self.num_bytes(num_tokens) / 2**20
-        said = f"{num_tokens} tokens, {size:.1f} MiB ({'; '.join(parts)})"
-        if any(window is not None for window in self._windows):
-            said += f"; without windows {num_tokens * sum(self._bytes) / 2**20:.1f} MiB"
-        return said
+def cache_grows(config: EngineConfig, wing: Wing) -> bool:
+    """Whether the cache has its size only once it is known what everything else takes."""
+    return wing.fills_memory and config.kv_cache_tokens is None
 
 
-def _cache_tokens(
-    config: EngineConfig, model: PreTrainedModel, max_model_len: int, room: CacheRoom
-) -> int:
-    wing = wing_of(model.device)
-    size = config.block_size
+def _cache_tokens(config: EngineConfig, wing: Wing, room: CacheRoom) -> int:
     if config.kv_cache_tokens is not None:
-        num_tokens = config.kv_cache_tokens // size * size
+        num_tokens = config.kv_cache_tokens // config.block_size * config.block_size
         needed, free = room.num_bytes(num_tokens), wing.free_bytes()
         if needed > free:
             raise ConfigError(
@@ -296,22 +227,9 @@ def _cache_tokens(
                 f"{free / 2**30:.1f} GiB are free"
             )
         return num_tokens
-    # Each sequence may leave its last block partly empty.
-    per_sequence = -(-max_model_len // size) * size
-
-    def largest_pass() -> None:
-        ids = probe_ids(model).repeat(1, -(-config.max_num_batched_tokens // NUM_PROBE_TOKENS))
-        model(input_ids=ids, use_cache=False, logits_to_keep=config.max_num_seqs)
-
-    wanted = room.num_bytes(config.max_num_seqs * per_sequence)
-    share = config.gpu_memory_utilization
-    try:
-        num_bytes = wing.cache_bytes(wanted, share, largest_pass)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"a pass of max_num_batched_tokens, {config.max_num_batched_tokens}, takes more memory "
-            "than is free: lower it"
-        ) from error
-    if num_bytes == wanted:
-        return config.max_num_seqs * per_sequence
-    return room.num_tokens(num_bytes)
+    if cache_grows(config, wing):
+        return room.least
+    wanted = config.max_num_seqs * room.least
+    num_bytes = room.num_bytes(wanted)
+    found = wing.cache_bytes(num_bytes, config.gpu_memory_utilization, 0)
+    return wanted if found == num_bytes else room.num_tokens(found)

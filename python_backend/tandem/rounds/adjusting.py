@@ -70,8 +70,8 @@ def _penalize(
     # A place beyond stands for the first token again: twice the same is written there.
     ids = torch.where(is_known, history, history[:, :1])
     is_output = is_known & (indices >= own["num_prompt"].unsqueeze(1))
-    outputs = torch.where(is_output, history, -1).sort(dim=1).values
-    counts = torch.searchsorted(outputs, ids, right=True) - torch.searchsorted(outputs, ids)
+    counts = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+    counts = counts.scatter_add_(1, ids, is_output.int()).gather(1, ids)
     scores = logits.gather(1, ids).float()
     repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
     scores = torch.where(repetition == 1, scores, repeated.to(logits.dtype).float())

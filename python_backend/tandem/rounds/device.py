@@ -95,8 +95,8 @@ class DeviceRound(Round):
                 self.programs.capture()
             except torch.OutOfMemoryError as error:
                 raise ConfigError(
-                    "CUDA graphs find no memory: lower gpu_memory_utilization, so that the KV "
-                    "cache leaves some, lower max_num_seqs, or set enforce_eager"
+                    "CUDA graphs find no memory: lower kv_cache_tokens or gpu_memory_utilization, "
+                    "so that the KV cache leaves some, lower max_num_seqs, or set enforce_eager"
                 ) from error
 
     # --- the phases

@@ -87,7 +87,8 @@ class Programs:
         self._tools = tools
         self._row_sizes, self._place_sizes = buckets(max_rows), buckets(state.num_slots)
         self._verify: dict[PassSize, Callable[[], Verified]] = {}
-        self._accept: dict[PassSize, Callable[[], None]] = {}
+        # With requests that change logits, and without.
+        self._accept: dict[tuple[PassSize, bool], Callable[[], None]] = {}
         self._draft: dict[RoundSize, Callable[[], None]] = {}
 
     @torch.inference_mode()
@@ -107,7 +108,10 @@ class Programs:
                 size = PassSize(num_rows, num_rows)
                 verify = self._tools.graph(partial(self._run_verify, size))
                 self._verify[size] = verify
-                self._accept[size] = self._tools.graph(partial(self._run_accept, verify()))
+                verified = verify()
+                for adjusts in (True, False):
+                    accept = partial(self._run_accept, verified, adjusts=adjusts)
+                    self._accept[size, adjusts] = self._tools.graph(accept)
                 bar.update()
             for each in rounds:
                 self._draft[each] = self._tools.graph(partial(self._run_draft, each))
@@ -133,13 +137,13 @@ class Programs:
         """Chooses drafts, lays out the row, and runs the verifier over it."""
         return (self._verify.get(size) or partial(self._run_verify, size))()
 
-    def accept(self, size: PassSize, verified: Verified, *, adjusts: bool = False) -> None:
+    def accept(self, size: PassSize, verified: Verified, *, adjusts: bool) -> None:
         """Samples and matches, keeps states for the next round, and writes the results.
 
         Args:
-            adjusts: whether requests change logits; then there is no graph.
+            adjusts: whether requests change logits.
         """
-        run = None if adjusts else self._accept.get(size)
+        run = self._accept.get((size, adjusts))
         (run or partial(self._run_accept, verified, adjusts=adjusts))()
 
     def _run_draft(self, size: RoundSize) -> None:
@@ -204,7 +208,7 @@ class Programs:
         where = layout.places, layout.offsets, layout.first
         return Verified(states, made, drafts, num_drafts, *where)
 
-    def _run_accept(self, verified: Verified, *, adjusts: bool = False) -> None:
+    def _run_accept(self, verified: Verified, *, adjusts: bool) -> None:
         states, logits, drafts, num_drafts, places, offsets, first = verified
         state, count = self._state, len(num_drafts)
         table = state.inputs.device
