@@ -189,7 +189,7 @@ def test_steps_are_a_few_graphs(engines: Engines) -> None:
     Penalties have graphs too.
     """
     settings = {"max_num_seqs": 3, "max_num_batched_tokens": 40}
-    asked = [SAMPLED, ADJUSTED, SAMPLED, SAMPLED]
+    asked = [SAMPLED, SAMPLED, SAMPLED, ADJUSTED]
     requests = [(prompt_of(9 + 17 * n), replace(each, seed=n)) for n, each in enumerate(asked)]
     expected = plain(engines("gemma-4-31B", mtp=True), requests)
     with cuda_wing(GraphWing):

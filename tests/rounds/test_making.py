@@ -12,6 +12,7 @@ import torch
 import cuda_wing
 from tandem import Engine, EngineConfig, SamplingParams
 from tandem.cache.kv_cache import KVCache
+from tandem.drafters.mtp import Gemma4Drafter
 from tandem.errors import ConfigError
 from tandem.models.verifier import Verifier
 from tandem.rounds import making
@@ -103,6 +104,10 @@ def test_the_cache_gets_what_everything_else_leaves(
     assert abs(card.reserved() + OTHERS - int(0.9 * card.total)) < 2 * block
     found = engine.generate([[3] * 9], GREEDY)
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    if (mtp := engine.drafters.get("mtp")) is not None:
+        assert isinstance(mtp, Gemma4Drafter)
+        pool = {cache.layer(n)[0].data_ptr() for cache in card.caches for n in cache.layers}
+        assert {keys.data_ptr() for keys, _ in mtp.shared_kv_states.values()} <= pool
     for drafter in engine.drafters:
         engine.generate([[5] * 9] * 4, GREEDY, drafter=drafter)
     engine.check_integrity()
