@@ -18,7 +18,7 @@ from tandem.wing import device_of, wing_of
 def promises(wing: type) -> dict[str, list[str]]:
     """The public names of a wing; of methods, those of their parameters too."""
     return {
-        name: list(inspect.signature(value).parameters) if callable(value) else []
+        name: list(inspect.signature(value).parameters) if inspect.isfunction(value) else []
         for name, value in vars(wing).items()
         if not name.startswith("_")
     }

@@ -56,7 +56,7 @@ class EngineConfig:
         block_size: tokens in one block of the KV cache.
         enable_prefix_caching: whether requests that begin alike share the K/V of their beginning.
         kv_cache_tokens: tokens of context that the KV cache holds. When not given: on CUDA what
-            `gpu_memory_utilization` leaves after the weights and a trial pass; on a CPU enough for
+            `gpu_memory_utilization` leaves beside weights, graphs and the largest pass; on a CPU
             `max_num_seqs` sequences of `max_model_len`, up to a quarter of the free memory.
         gpu_memory_utilization: share of the GPU's memory that this process may fill.
         lookahead: "adaptive" drafts as far as it pays by measured costs and acceptance, at most
