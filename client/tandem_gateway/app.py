@@ -15,8 +15,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from tandem_client import TLS, AsyncClient, TandemClientError
+from tandem_client.version import VERSION
 from tandem_gateway.auth import Keys
 from tandem_gateway.bodies import Bodies
 from tandem_gateway.errors import APIError
@@ -32,6 +34,7 @@ from tandem_gateway.responses import Kind, Writer
 from tandem_gateway.schema import ChatCompletionRequest, CompletionRequest, Request
 from tandem_gateway.security import PAGE, PAGE_POLICY, SecurityHeaders
 from tandem_gateway.streaming import events
+from tandem_gateway.tokenization import Tokenization
 
 _POLL_SECONDS = 0.1
 # W3C's header: version, trace, parent and flags.
@@ -44,6 +47,7 @@ def create_app(
     *,
     tls: TLS | None = None,
     api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     limits: Limits | None = None,
 ) -> FastAPI:
     """The application. Limits of connections are `make_server`'s.
@@ -55,6 +59,7 @@ def create_app(
         tls: how to speak TLS with the server; None where it listens without.
         api_keys: one of them must come with each request to `/v1` and `/metrics`; nobody is asked
             when empty.
+        allowed_origins: whose pages may send requests, besides the gateway's own; `*` for all.
         limits: what is over them is refused.
     """
     limits = limits or Limits()
@@ -74,11 +79,17 @@ def create_app(
     gateway = _Gateway(offered, metrics, Generator(limits, rates, metrics))
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
-    app.add_api_route("/v1/models", gateway.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", gateway.model_card, methods=["GET"])
-    app.add_api_route("/health", gateway.health, methods=["GET"])
-    app.add_api_route("/metrics", gateway.metrics, methods=["GET"], include_in_schema=False)
-    app.add_api_route("/", _page, methods=["GET"], include_in_schema=False)
+    tokenization = Tokenization(offered)
+    app.add_api_route("/tokenize", tokenization.tokenize, methods=["POST"])
+    app.add_api_route("/detokenize", tokenization.detokenize, methods=["POST"])
+    reading = ["GET", "HEAD"]
+    app.add_api_route("/v1/models", gateway.models, methods=reading)
+    app.add_api_route("/v1/models/{name:path}", gateway.model_card, methods=reading)
+    app.add_api_route("/health", gateway.health, methods=reading)
+    app.add_api_route("/ping", gateway.health, methods=[*reading, "POST"])
+    app.add_api_route("/version", _version, methods=reading)
+    app.add_api_route("/metrics", gateway.metrics, methods=reading)
+    app.add_api_route("/", _page, methods=reading)
     # The last one added sees a request first.
     app.add_middleware(Bodies, limits=limits, metrics=metrics)
     app.add_middleware(
@@ -88,10 +99,24 @@ def create_app(
         max_body_bytes=limits.max_body_bytes,
         metrics=metrics,
     )
+    if allowed_origins:
+        # Before the guard: a browser asks, without a key, whether it may send one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     app.add_middleware(SecurityHeaders)
     for kind in (APIError, TandemClientError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return app
+
+
+async def _version() -> dict[str, str]:
+    """`GET /version`."""
+    return {"version": VERSION}
 
 
 async def _page() -> HTMLResponse:
@@ -131,7 +156,7 @@ class _Gateway:
         return await self._card((await self._models.find(name)).model)
 
     async def health(self) -> Response:
-        """`GET /health`: 200 when the server and its models take requests, else 503."""
+        """`GET /health` and `/ping`: 200 when the server and its models take requests, else 503."""
         ready = await self._health.is_ready()
         return JSONResponse({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
 
@@ -140,7 +165,15 @@ class _Gateway:
         return Response(self._metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     async def _card(self, name: str) -> dict[str, Any]:
-        card = {"id": name, "object": "model", "created": self._started_at, "owned_by": "tandem"}
+        """As OpenAI and vLLM have it, and whether there is a chat template."""
+        card = {
+            "id": name,
+            "object": "model",
+            "created": self._started_at,
+            "owned_by": "tandem",
+            "root": name,
+            "parent": None,
+        }
         # A model that is dead for now is still one of the server's.
         with suppress(TandemClientError):
             description = await self._models.describe(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -55,6 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="how long answers that are being streamed may go on after Ctrl-C or SIGTERM (5)",
     )
     add_tls_options(parser)
+    parser.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        type=_origin,
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages may send requests from a browser, https://HOST:PORT or '*' (nobody's)",
+    )
     _add_limits(parser)
     parsed = vars(namespace := parser.parse_args(arguments))
     try:
@@ -64,13 +73,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     log_to_stderr()
-    app = create_app(parsed["url"], parsed["model"], tls=tls, api_keys=keys, limits=limits)
+    app = create_app(
+        parsed["url"],
+        parsed["model"],
+        tls=tls,
+        api_keys=keys,
+        allowed_origins=parsed["allowed_origins"],
+        limits=limits,
+    )
     host, port = parsed["host"], parsed["port"]
     print(f"serving http://{host}:{port}/ until Ctrl-C", file=sys.stderr)
     server = make_server(app, host, port, parsed["drain_seconds"])
     with suppress(KeyboardInterrupt):
         server.run()
     return 0 if server.started else 3
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no origin: give scheme and host, as https://example.com, or '*'"
+        )
+    return text
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

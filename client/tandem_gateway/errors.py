@@ -23,6 +23,7 @@ _TYPES = {
     404: "not_found_error",
     408: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
 }
 # What is sent back is never more than a short piece of what came.
@@ -37,6 +38,7 @@ class APIError(Exception):
     Args:
         retry_after: seconds after which another try makes sense; 1 by default with 429 and 503.
         closes: whether nothing more is read from this connection.
+        accepts: encodings of a body that are known here.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class APIError(Exception):
         *,
         retry_after: int | None = None,
         closes: bool = False,
+        accepts: str = "",
     ) -> None:
         super().__init__(shorten(message, _MAX_MESSAGE))
         self.status = status
@@ -60,6 +63,8 @@ class APIError(Exception):
             retry_after = _RETRY_SECONDS
         if retry_after is not None:
             self.headers["Retry-After"] = str(retry_after)
+        if accepts:
+            self.headers["Accept-Encoding"] = accepts
         if closes:
             self.headers["Connection"] = "close"
 

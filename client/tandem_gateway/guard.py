@@ -13,6 +13,8 @@ from tandem_gateway.rates import Rates
 KEY = "tandem.key"
 # and whom its rates are counted for: the key, or the address where there are no keys.
 OWNER = "tandem.owner"
+# What begins so needs a key and counts as a request.
+_API = ("/v1", "/tokenize", "/detokenize")
 
 
 class Guard:
@@ -32,7 +34,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_api = scope["path"].startswith("/v1")
+        is_api = scope["path"].startswith(_API)
         counted = self._counted(scope, send) if is_api else send
         try:
             headers = dict(scope["headers"])

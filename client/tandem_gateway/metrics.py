@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+_TRITON = b"""\
+# Speculation, queue and K/V cache: on the metrics port of each Triton, http://HOST:8002/metrics,
+# where the names begin with tandem_ as well.
+"""
+
 
 class Metrics:
     """The series of one gateway. Keys go by the first eight digits of their SHA-256."""
@@ -12,7 +17,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "tandem_gateway_requests",
-            "Answered requests to /v1, by key and HTTP status.",
+            "Answered requests to /v1, /tokenize and /detokenize, by key and HTTP status.",
             ("key", "status"),
             registry=self._registry,
         )
@@ -50,4 +55,4 @@ class Metrics:
 
     def page(self) -> bytes:
         """All series, as Prometheus reads them."""
-        return generate_latest(self._registry)
+        return _TRITON + generate_latest(self._registry)

@@ -117,7 +117,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         is_ping = "tandem_ping" in request.parameters
         self.num_pings += is_ping
         if "tandem_query" in request.parameters:
-            text = json.dumps(self._description(request.model_name))
+            text = json.dumps(self._tell(request))
             await answers.put(_chunk(request, text, final=True))
             return
         if not is_ping:
@@ -135,6 +135,17 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             await answers.put(_failure(request, self.refusal))
         else:
             await self._write(request, answers)
+
+    def _tell(self, request: Any) -> dict[str, Any]:
+        """What was made up; a token for each character; or "text"."""
+        inputs = {tensor.name: tensor.contents for tensor in request.inputs}
+        text = inputs["text_input"].bytes_contents[0].decode() if "text_input" in inputs else ""
+        answers = {
+            "describe": self._description(request.model_name),
+            "tokenize": {"token_ids": [ord(letter) for letter in text], "token_strs": list(text)},
+            "detokenize": {"text": "text"},
+        }
+        return answers[request.parameters["tandem_query"].string_param]
 
     def _description(self, model: str) -> dict[str, Any]:
         return {
@@ -226,10 +237,13 @@ def gateway(
     *keys: str,
     models: Sequence[str] = (),
     tls: TLS | None = None,
+    origins: Sequence[str] = (),
     **limits: Any,
 ) -> Iterator[str]:
     """One that listens, on a thread of its own; its address is given."""
-    app = create_app(url, models, tls=tls, api_keys=keys, limits=Limits(**limits))
+    app = create_app(
+        url, models, tls=tls, api_keys=keys, allowed_origins=origins, limits=Limits(**limits)
+    )
     server = make_server(app, "127.0.0.1", 0, drain_seconds=1)
     thread = threading.Thread(target=server.run)
     thread.start()

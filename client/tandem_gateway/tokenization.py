@@ -1,0 +1,86 @@
+"""`/tokenize` and `/detokenize`, as vLLM's server has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tandem_client import AsyncClient, Prompt
+from tandem_gateway.errors import APIError
+from tandem_gateway.models import Models
+from tandem_gateway.schema import ChatCompletionRequest, Values
+
+
+class TokenizeRequest(BaseModel):
+    """`POST /tokenize`: a prompt or messages."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Values[dict[str, Any]] | None = None
+    tools: Values[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """`POST /detokenize`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    tokens: Values[int]
+
+
+class Tokenization:
+    """The two routes.
+
+    Args:
+        models: those that there are.
+    """
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        """`POST /tokenize`."""
+        client = await self._find(request.model)
+        names = ("tools", "add_special_tokens", "add_generation_prompt", "return_token_strs")
+        options: Any = {name: getattr(request, name) for name in names}
+        tokens = await client.tokenize(_prompt(request), **options)
+        return {
+            "count": len(tokens.ids),
+            "max_model_len": (await self._models.describe(client.model)).max_model_len,
+            "tokens": tokens.ids,
+            "token_strs": tokens.texts,
+        }
+
+    async def detokenize(self, request: DetokenizeRequest) -> dict[str, str]:
+        """`POST /detokenize`."""
+        client = await self._find(request.model)
+        return {"prompt": await client.detokenize(request.tokens) if request.tokens else ""}
+
+    async def _find(self, name: str | None) -> AsyncClient:
+        """A model, which needs no name where it is the only one."""
+        if name is not None:
+            return await self._models.find(name)
+        clients = await self._models.clients()
+        if len(clients) != 1:
+            message = f"model: name one of {', '.join(map(repr, clients))}"
+            raise APIError(400, message, "invalid_value", "model")
+        return next(iter(clients.values()))
+
+
+def _prompt(request: TokenizeRequest) -> Prompt:
+    if (request.prompt is None) == (request.messages is None):
+        raise APIError(400, "give exactly one of prompt and messages", "invalid_value", "prompt")
+    if request.prompt is not None:
+        return request.prompt
+    try:
+        chat = ChatCompletionRequest(model="", messages=request.messages or [])
+        return chat.prompts[0]
+    except ValueError as error:
+        raise APIError(400, str(error), "invalid_value", "messages") from error
