@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -82,14 +82,20 @@ def create_app(
     tokenization = Tokenization(offered)
     app.add_api_route("/tokenize", tokenization.tokenize, methods=["POST"])
     app.add_api_route("/detokenize", tokenization.detokenize, methods=["POST"])
-    reading = ["GET", "HEAD"]
-    app.add_api_route("/v1/models", gateway.models, methods=reading)
-    app.add_api_route("/v1/models/{name:path}", gateway.model_card, methods=reading)
-    app.add_api_route("/health", gateway.health, methods=reading)
-    app.add_api_route("/ping", gateway.health, methods=[*reading, "POST"])
-    app.add_api_route("/version", _version, methods=reading)
-    app.add_api_route("/metrics", gateway.metrics, methods=reading)
-    app.add_api_route("/", _page, methods=reading)
+    reading: dict[str, Callable[..., Awaitable[Any]]] = {
+        "/v1/models": gateway.models,
+        "/v1/models/{name:path}": gateway.model_card,
+        "/health": gateway.health,
+        "/ping": gateway.health,
+        "/version": _version,
+        "/metrics": gateway.metrics,
+        "/": _page,
+    }
+    for path, read in reading.items():
+        shown = path not in ("/metrics", "/")
+        app.add_api_route(path, read, methods=["GET"], include_in_schema=shown)
+        app.add_api_route(path, read, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/ping", gateway.health, methods=["POST"])
     # The last one added sees a request first.
     app.add_middleware(Bodies, limits=limits, metrics=metrics)
     app.add_middleware(
