@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tandem import Engine, Sequence
+from tandem_bench.results import Results
 from tandem_bench.settings import Settings, bar
 from tandem_bench.tables import Cells, table
 
@@ -78,14 +79,19 @@ def ways(drafters: Items[str], longest: int) -> Iterator[Way]:
 
 
 def run(settings: Settings) -> None:
-    """Answers all prompts in all ways, for the types that are not in `invariance.json` yet."""
+    """Answers all prompts in all ways that are not in `invariance.json` yet, for all types."""
     results = settings.results(PART, ("num_prompts", "max_tokens"), temperatures=TEMPERATURES)
-    todo = [dtype for dtype in DTYPES if dtype not in results]
     longest = max(map(len, settings.prompts())) + settings.max_tokens
     drafters = [name for name in settings.drafters if name != "none"] or ["none"]
-    tried = list(ways(drafters, longest))
-    with bar(PART, len(todo) * len(TEMPERATURES) * (1 + len(tried)), results) as shown:
-        for dtype in todo:
+    todo = {
+        dtype: [way for way in ways(drafters, longest) if way.name not in _done(results, dtype)]
+        for dtype in DTYPES
+    }
+    steps = sum(1 + len(left) for left in todo.values() if left)
+    with bar(PART, steps * len(TEMPERATURES), results) as shown:
+        for dtype, left in todo.items():
+            if not left:
+                continue
             shown.say(f"{dtype}: loading")
             engine = Engine(settings.engine_config(max_num_seqs=16, dtype=dtype))
             loaded: dict[str, Any] = {}
@@ -99,20 +105,24 @@ def run(settings: Settings) -> None:
                     for job, tokens in zip(prompts, found, strict=True)
                 ]
                 shown.advance()
-            cell: dict[str, dict[str, int]] = {}
-            for way in tried:
+            for way in left:
                 if way.engine != loaded:
                     del engine
                     shown.say(f"{dtype}: loading")
                     config = settings.engine_config(max_num_seqs=16, dtype=dtype, **way.engine)
                     engine, loaded = Engine(config), way.engine
+                cell = {}
                 for temperature in TEMPERATURES:
                     shown.say(f"{dtype}, temperature {temperature:g}: {way.name}")
-                    cell[f"{way.name}, temperature {temperature:g}"] = compare(
+                    cell[f"{temperature:g}"] = compare(
                         engine, settings, way, jobs[temperature], temperature
                     )
                     shown.advance()
-            results.put(dtype, cell)
+                results.put(dtype, results.cells.get(dtype, {}) | {way.name: cell})
+
+
+def _done(results: Results, dtype: str) -> set[str]:
+    return set(results.cells.get(dtype, {}))
 
 
 def compare(
@@ -179,7 +189,16 @@ def summary(cells: Cells) -> str:
     return table(
         ["", *cells],
         [
-            [way, *(f"{cell[way]['same']}/{cell[way]['answers']} same" for cell in cells.values())]
-            for way in next(iter(cells.values()))
+            [
+                f"{way}, temperature {temperature}",
+                *(_said(c, way, temperature) for c in cells.values()),
+            ]
+            for way, counted in next(iter(cells.values())).items()
+            for temperature in counted
         ],
     )
+
+
+def _said(cell: dict[str, Any], way: str, temperature: str) -> str:
+    counted = cell.get(way, {}).get(temperature)
+    return f"{counted['same']}/{counted['answers']} same" if counted else "-"
