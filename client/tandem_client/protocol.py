@@ -280,7 +280,10 @@ def make_request(model: str, prompt: Prompt, *, stream: bool, options: Mapping[s
         tensor.contents.bytes_contents.append(content)
     if token_ids:
         tensor = request.inputs.add(name="input_ids", datatype="INT32", shape=[1, len(token_ids)])
-        tensor.contents.int_contents.extend(token_ids)
+        try:
+            tensor.contents.int_contents.extend(token_ids)
+        except ValueError as error:
+            raise RequestError(f"the prompt's token ids must be 32-bit numbers: {error}") from None
     tensor = request.inputs.add(name="stream", datatype="BOOL", shape=[1, 1])
     tensor.contents.bool_contents.append(stream)
     return request

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -21,11 +22,12 @@ from tandem_client import TLS, AsyncClient, TandemClientError
 from tandem_client.version import VERSION
 from tandem_gateway.auth import Keys
 from tandem_gateway.bodies import Bodies
-from tandem_gateway.errors import APIError
+from tandem_gateway.errors import APIError, no_route
 from tandem_gateway.generation import Generator, Payer, collect
 from tandem_gateway.guard import KEY, OWNER, Guard
 from tandem_gateway.health import Health
 from tandem_gateway.limits import Limits
+from tandem_gateway.log import logger
 from tandem_gateway.metrics import Metrics
 from tandem_gateway.models import Models
 from tandem_gateway.parsing import json_route
@@ -35,8 +37,12 @@ from tandem_gateway.schema import ChatCompletionRequest, CompletionRequest, Requ
 from tandem_gateway.security import PAGE, PAGE_POLICY, SecurityHeaders
 from tandem_gateway.streaming import events
 from tandem_gateway.tokenization import Tokenization
+from tandem_options import OptionError, UnknownNames
 
 _POLL_SECONDS = 0.1
+# Of fields that nobody knows, as many are named in a header, and no longer.
+_MAX_NAMES, _MAX_NAME = 20, 60
+_unknown_names = UnknownNames(logger)
 # W3C's header: version, trace, parent and flags.
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -49,6 +55,8 @@ def create_app(
     api_keys: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     limits: Limits | None = None,
+    strict: bool = False,
+    any_model: bool = False,
 ) -> FastAPI:
     """The application. Limits of connections are `make_server`'s.
 
@@ -61,9 +69,15 @@ def create_app(
             when empty.
         allowed_origins: whose pages may send requests, besides the gateway's own; `*` for all.
         limits: what is over them is refused.
+        strict: whether fields that nobody knows are refused, and not just ignored.
+        any_model: whether the one model there is answers to every name.
     """
     limits = limits or Limits()
-    offered, metrics, rates = Models(AsyncClient(url, tls=tls), models), Metrics(), Rates(limits)
+    offered, metrics, rates = (
+        Models(AsyncClient(url, tls=tls), models, any_name=any_model),
+        Metrics(),
+        Rates(limits),
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,11 +86,16 @@ def create_app(
 
     # The pages of the schema would load scripts from elsewhere.
     app = FastAPI(
-        title="Tandem", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+        title="Tandem",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        strict_content_type=False,  # the routes see to it
     )
     app.state.metrics, app.state.limits = metrics, limits
     app.router.route_class = json_route(limits.max_json_values)
-    gateway = _Gateway(offered, metrics, Generator(limits, rates, metrics))
+    gateway = _Gateway(offered, metrics, Generator(limits, rates, metrics), strict)
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
     tokenization = Tokenization(offered)
@@ -115,7 +134,14 @@ def create_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(SecurityHeaders)
-    for kind in (APIError, TandemClientError, RequestValidationError, HTTPException, Exception):
+    for kind in (
+        APIError,
+        OptionError,
+        TandemClientError,
+        RequestValidationError,
+        HTTPException,
+        Exception,
+    ):
         app.add_exception_handler(kind, _answer_error)
     return app
 
@@ -129,16 +155,21 @@ async def _page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
-async def _answer_error(_: HTTPRequest, error: Exception) -> JSONResponse:
+async def _answer_error(http: HTTPRequest, error: Exception) -> JSONResponse:
     """Every error in OpenAI's shape."""
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        return no_route(http.method, http.url.path, error).to_response()
     return (error if isinstance(error, APIError) else APIError.of(error)).to_response()
 
 
 class _Gateway:
     """The routes."""
 
-    def __init__(self, models: Models, metrics: Metrics, generator: Generator) -> None:
+    def __init__(
+        self, models: Models, metrics: Metrics, generator: Generator, strict: bool
+    ) -> None:
         self._models = models
+        self._strict = strict
         self._metrics = metrics
         self._generator = generator
         self._health = Health(models)
@@ -189,17 +220,24 @@ class _Gateway:
 
     async def _answer(self, kind: Kind, request: Request, http: HTTPRequest) -> Response:
         client = await self._models.find(request.model)
-        try:
-            options, prompts = request.options(), request.prompts
-        except ValueError as error:
-            raise APIError(400, str(error), "invalid_value") from error
-        writer = Writer(kind, client.model, options.get("logprobs"))
+        options, prompts, unknown = request.options(), request.prompts, request.reading.unknown
+        if self._strict and unknown:
+            message = f"{unknown[0]}: there is no such field, and the gateway was told to be strict"
+            raise APIError(400, message, "unknown_field", unknown[0])
+        _unknown_names.warn(unknown)
+        writer = Writer(
+            kind,
+            client.model,
+            options.get("logprobs"),
+            request_id=options.get("request_id"),
+            with_token_ids=options.get("return_token_ids", False),
+        )
         options["request_id"] = writer.id
         traceparent = http.headers.get("traceparent", "")
         options["traceparent"] = traceparent if _TRACEPARENT.fullmatch(traceparent) else ""
         payer = Payer(http.scope[KEY], http.scope[OWNER])
         chunks = self._generator.chunks(client, prompts, options, request.n, payer)
-        headers = {"x-request-id": writer.id}
+        headers = {"x-request-id": writer.id} | _ignored(unknown)
         if request.stream:
             with_usage = request.stream_options is not None and request.stream_options.include_usage
             # The first chunk decides on the status.
@@ -208,6 +246,12 @@ class _Gateway:
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
         answers, usage = await _unless_gone(collect(chunks, request.n), http)
         return JSONResponse(writer.whole(answers, usage), headers=headers)
+
+
+def _ignored(names: Sequence[str]) -> dict[str, str]:
+    """The header that tells of fields that nobody knows."""
+    shown = [quote(name[:_MAX_NAME], safe="") for name in names[:_MAX_NAMES]]
+    return {"x-tandem-ignored": ",".join(shown)} if shown else {}
 
 
 async def _unless_gone(work: Awaitable[Any], http: HTTPRequest) -> Any:

@@ -64,6 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="ORIGIN",
         help="whose pages may send requests from a browser, https://HOST:PORT or '*' (nobody's)",
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse fields that nobody knows, which are ignored otherwise",
+    )
+    parser.add_argument(
+        "--any-model",
+        action="store_true",
+        help="answer to every model name, where there is one model",
+    )
     _add_limits(parser)
     parsed = vars(namespace := parser.parse_args(arguments))
     try:
@@ -80,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         api_keys=keys,
         allowed_origins=parsed["allowed_origins"],
         limits=limits,
+        strict=parsed["strict"],
+        any_model=parsed["any_model"],
     )
     host, port = parsed["host"], parsed["port"]
     print(f"serving http://{host}:{port}/ until Ctrl-C", file=sys.stderr)

@@ -15,12 +15,19 @@ from tandem_client import (
     ServerUnavailableError,
     TandemClientError,
 )
+from tandem_options import NAMES, OptionError
 
 _STATUS = {"INVALID_ARG": 400, "NOT_FOUND": 404, "UNSUPPORTED": 501, "UNAVAILABLE": 503}
+# Words of the server's -> the code that clients look for.
+_CODES = {
+    "no chat template": "no_chat_template",
+    "maximum context length": "context_length_exceeded",
+}
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
+    405: "invalid_request_error",
     408: "invalid_request_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
@@ -73,6 +80,8 @@ class APIError(Exception):
         """The error that stands for one of the client's, or of the framework's."""
         if isinstance(error, TandemClientError):
             return _of_client(error)
+        if isinstance(error, OptionError):
+            return cls(400, str(error), "invalid_value", error.name)
         if isinstance(error, RequestValidationError):
             return _of_validation(error)
         if isinstance(error, HTTPException):
@@ -96,6 +105,17 @@ def shorten(text: str, length: int = _MAX_PIECE) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def no_route(method: str, path: str, error: HTTPException) -> APIError:
+    """What is answered where there is nothing at a path, or not for this method."""
+    allowed = (error.headers or {}).get("Allow")
+    if allowed is None:
+        return APIError(404, f"there is nothing at {shorten(path)}: see /v1/models")
+    message = f"{shorten(method)} is not allowed at {shorten(path)}: use {allowed}"
+    answer = APIError(405, message, "method_not_allowed")
+    answer.headers["Allow"] = allowed
+    return answer
+
+
 def _of_client(error: TandemClientError) -> APIError:
     # Python's extensions add the lines of source at which they failed.
     message = str(error).partition("\n\nAt:")[0]
@@ -104,8 +124,14 @@ def _of_client(error: TandemClientError) -> APIError:
     if isinstance(error, ServerUnavailableError):
         return APIError(503, message, "server_unavailable")
     assert isinstance(error, RequestError)
-    code = "no_chat_template" if "no chat template" in message else error.code.lower()
-    return APIError(_STATUS.get(error.code, 500), message, code)
+    codes = [code for words, code in _CODES.items() if words in message]
+    name = message.partition(" ")[0]
+    return APIError(
+        _STATUS.get(error.code, 500),
+        message,
+        codes[0] if codes else error.code.lower(),
+        name if name in NAMES else None,
+    )
 
 
 def _of_validation(error: RequestValidationError) -> APIError:

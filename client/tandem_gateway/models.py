@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tandem_client import AsyncClient, Description, RequestTimeoutError, TandemClientError
 from tandem_gateway.errors import APIError, shorten
@@ -19,10 +19,14 @@ class Models:
     Args:
         client: of the server; its connection serves all models.
         names: the models to offer; the server is asked when there are none.
+        any_name: whether the one model there is answers to every name.
     """
 
-    def __init__(self, client: AsyncClient, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, client: AsyncClient, names: Sequence[str] = (), *, any_name: bool = False
+    ) -> None:
         self._client = client
+        self._any_name = any_name
         self._is_fixed = bool(names)
         self._clients = {name: client.for_model(name) for name in names}
         self._descriptions: dict[str, Description] = {}
@@ -56,11 +60,19 @@ class Models:
         if name in self._clients:
             return self._clients[name]
         clients = await self.clients()
-        if name not in clients:
+        meant = self._meant(name, clients)
+        if meant is None:
             there = " and ".join(map(repr, clients)) or "none"
             message = f"the model {shorten(name)!r} does not exist; this server has {there}"
             raise APIError(404, message, "model_not_found", "model")
-        return clients[name]
+        return clients[meant]
+
+    def _meant(self, name: str, there: Collection[str]) -> str | None:
+        """The model that a name means, which may have its provider's before it: `openai/NAME`."""
+        fits = [each for each in there if name == each or name.endswith(f"/{each}")]
+        if not fits and self._any_name:
+            fits = list(there) if len(there) == 1 else []
+        return max(fits, key=len, default=None)
 
     async def describe(self, name: str) -> Description:
         """What a model is; it is asked once.

@@ -11,9 +11,11 @@ from fastapi import Request as HTTPRequest
 from fastapi import Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from tandem_gateway.bodies import SMALL_BYTES
+from tandem_gateway.errors import APIError, shorten
 
 _MAX_PARAMETERS = 200
 
@@ -54,6 +56,20 @@ def _count(text: bytes) -> int:
     return 1 + sum(text.count(mark) for mark in (b",", b"[", b"{"))
 
 
+def _check_type(headers: Headers) -> None:
+    """Refuses bodies of another type than JSON; one that doesn't say is JSON.
+
+    But not from a browser, which sends one without a type wherever any page wants it to.
+    """
+    kind = headers.get("content-type", "")
+    if "json" not in kind and (kind or "origin" in headers):
+        raise APIError(
+            415,
+            f"the body's Content-Type must be application/json, got {shorten(kind) or 'none'}",
+            "unsupported_media_type",
+        )
+
+
 def json_route(max_values: int) -> type[APIRoute]:
     """Routes whose bodies are read by `read_json`, large ones one after the other."""
     turn = asyncio.Lock()
@@ -73,6 +89,8 @@ def json_route(max_values: int) -> type[APIRoute]:
             handle = super().get_route_handler()
 
             async def handle_parsed(request: HTTPRequest) -> Response:
+                if request.method == "POST":
+                    _check_type(request.headers)
                 return await handle(Request(request.scope, request.receive))
 
             return handle_parsed

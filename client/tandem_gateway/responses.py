@@ -65,17 +65,28 @@ class Usage:
 class Writer:
     """Writes the objects of one answer, all under one id."""
 
-    def __init__(self, kind: Kind, model: str, num_top: int | None) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        model: str,
+        num_top: int | None,
+        *,
+        request_id: str | None = None,
+        with_token_ids: bool = False,
+    ) -> None:
         """Starts an answer.
 
         Args:
             num_top: how many of the likeliest tokens to report; None for no log probabilities.
+            request_id: what the id ends with; drawn when None.
+            with_token_ids: whether to report tokens by their ids.
         """
         self._num_top = num_top
+        self._with_token_ids = with_token_ids
         self._offsets: Counter[int] = Counter()  # characters so far, by choice
         self._is_chat = kind == "chat.completion"
         prefix = "chatcmpl" if self._is_chat else "cmpl"
-        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.id = f"{prefix}-{request_id or secrets.token_hex(12)}"
         self._head = {
             "id": self.id,
             "object": kind,
@@ -96,6 +107,8 @@ class Writer:
             choice["text"] = chunk.text
         choice["logprobs"] = self._logprobs(index, [chunk])
         choice["accepted_text_length"] = chunk.accepted_text_length
+        if self._with_token_ids:
+            choice["token_ids"] = list(chunk.token_ids)
         return self._stream_head() | {"choices": [choice]}
 
     def usage(self, usage: Usage) -> dict[str, Any]:
@@ -118,6 +131,8 @@ class Writer:
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
                 choice["text"] = text
+            if self._with_token_ids:
+                choice["token_ids"] = [each for chunk in chunks for each in chunk.token_ids]
             choices.append(choice)
         return self._head | {"choices": choices, "usage": usage.to_json()}
 

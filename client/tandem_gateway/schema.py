@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tandem_client import Options, Prompt
+from tandem_gateway.errors import shorten
+from tandem_options import OptionError, Reading, read
 
 # Of a list of wrong values one is enough to say so.
 _T = TypeVar("_T")
 Values = Annotated[list[_T], Field(fail_fast=True)]
 # "As many as there is room for": the server ends a sequence at its max_model_len.
 _NO_LIMIT = 2**31 - 1
+_MAX_TOKEN_ID = 2**31
+_SMALLEST_NUCLEUS = 1e-6
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
-# As many as there may be, with an error for each.
-_MAX_BIASES = 4096
+class _Body(BaseModel):
+    """An object in which null means that a field isn't given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
 
 
-def _few(biases: Any) -> Any:
-    if isinstance(biases, dict) and len(biases) > _MAX_BIASES:
-        raise ValueError(f"at most {_MAX_BIASES} tokens")
-    return biases
-
-
-class StreamOptions(BaseModel):
+class StreamOptions(_Body):
     """What comes with a stream."""
 
     model_config = ConfigDict(extra="ignore")
@@ -34,92 +42,92 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class JSONSchema(BaseModel):
+class JSONSchema(_Body):
     """A schema with a name."""
 
     model_config = ConfigDict(extra="ignore")
 
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, Any] | bool = Field(alias="schema")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Body):
     """What the text must be."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JSONSchema | None = None
 
 
-class Request(BaseModel, ABC):
-    """What both kinds of request have in common, with the extensions of vLLM and Tandem."""
+class Request(_Body, ABC):
+    """What both kinds of request have in common.
 
-    model_config = ConfigDict(extra="forbid")
+    All that isn't a field here is an option, of the table that Triton's door has too.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] | None = None
-    stop: str | Values[str] | None = None
-    seed: int | None = None
     n: Annotated[int, Field(ge=1, le=64)] = 1
     response_format: ResponseFormat | None = None
-
-    # Sent in `extra_body`.
-    top_k: int | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    repetition_penalty: float | None = None
-    bad_words: Values[str] | None = None
-    stop_token_ids: Values[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    structured_outputs: dict[str, Any] | None = None
-    drafter: str | None = None
-    num_speculative_tokens: int | None = None
-    cache_salt: str | None = None
-
     # Requests with the same key go to the same server.
     prompt_cache_key: str | None = None
 
-    # Taken, without effect.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
+    @cached_property
+    def reading(self) -> Reading:
+        """The options, and names that there are no options of.
+
+        Raises:
+            OptionError: a value can't be read, or asks for what can't be done.
+        """
+        sent = {"n": self.n, **(self.model_extra or {})}
+        # Of OpenAI's two names the newer one wins.
+        newer = {name: sent[name] for name in ("max_completion_tokens",) if name in sent}
+        reading = read(newer, sent)
+        # A nucleus of nothing but the likeliest token is OpenAI's 0; at Triton's door that is
+        # TensorRT-LLM's, and means that it isn't given.
+        if "top_p" not in reading.values and "top_p" in sent:
+            reading.values["top_p"] = _SMALLEST_NUCLEUS
+        return reading
 
     def options(self) -> Options:
-        """The options that the server knows."""
-        names = Options.__optional_keys__ & set(type(self).model_fields)
-        given: dict[str, Any] = {name: getattr(self, name) for name in names - {"logprobs"}}
-        given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
-        given["structured_outputs"] = self.structured_outputs or self._guide()
-        return cast("Options", {name: v for name, v in given.items() if v is not None})
+        """The options that the server knows.
 
-    def _guide(self) -> dict[str, Any] | None:
-        if self.response_format is None or self.response_format.type == "text":
-            return None
-        if self.response_format.type == "json_object":
-            return {"json_object": True}
-        if self.response_format.json_schema is None:
-            raise ValueError("response_format.json_schema is missing")
-        return {"json": self.response_format.json_schema.schema_}
+        Raises:
+            OptionError: see `reading`.
+        """
+        values: dict[str, Any] = {**self.reading.values}
+        values.pop("n", None)  # which the gateway sets itself
+        if not _REQUEST_ID.fullmatch(values.get("request_id", "-")):
+            raise OptionError(
+                "request_id",
+                "must have from 1 to 128 letters, digits or any of ._:-, got "
+                + shorten(repr(values["request_id"])),
+            )
+        if self.response_format is not None:
+            values["response_format"] = self.response_format.model_dump(
+                by_alias=True, exclude_none=True
+            )
+        if self.prompt_cache_key is not None:
+            values["prompt_cache_key"] = self.prompt_cache_key
+        return cast("Options", values)
 
     @property
     @abstractmethod
     def prompts(self) -> list[Prompt]:
-        """The prompts, each of which is answered `n` times."""
+        """The prompts, each of which is answered `n` times.
+
+        Raises:
+            OptionError: there are none, or none that can be read.
+        """
 
 
 class ChatCompletionRequest(Request):
     """`POST /v1/chat/completions`."""
 
     messages: Values[dict[str, Any]]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Values[dict[str, Any]] | None = None
@@ -129,17 +137,20 @@ class ChatCompletionRequest(Request):
     def options(self) -> Options:
         """The options that the server knows."""
         options = super().options()
-        limits = (self.max_completion_tokens, self.max_tokens, _NO_LIMIT)
-        options["max_tokens"] = next(limit for limit in limits if limit is not None)
+        options.setdefault("max_tokens", _NO_LIMIT)
+        if not options.get("exclude_input_in_output", True):
+            raise OptionError("echo", "must be False with messages, got True: they are no text")
         if self.logprobs:
             options["logprobs"] = self.top_logprobs or 0
-        if self.tool_choice == "none":
-            options.pop("tools", None)
+        if self.tools and self.tool_choice != "none":
+            options["tools"] = self.tools
         return options
 
     @property
     def prompts(self) -> list[Prompt]:
         """The conversation; parts of text in a message are joined, as templates want them."""
+        if not self.messages:
+            raise OptionError("messages", "must hold at least one message, got []")
         return [
             [{**message, "content": _text(message.get("content"))} for message in self.messages]
         ]
@@ -149,31 +160,42 @@ class CompletionRequest(Request):
     """`POST /v1/completions`."""
 
     prompt: str | Values[str] | Values[int] | Values[Values[int]]
-    max_tokens: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool = False
-    best_of: Literal[1] | None = None
-    suffix: None = None
 
     def options(self) -> Options:
         """The options that the server knows."""
         options = super().options()
-        if self.max_tokens is not None:
-            options["max_tokens"] = self.max_tokens
         if self.logprobs is not None:
             options["logprobs"] = self.logprobs
-        if self.echo:
-            options["exclude_input_in_output"] = False
         return options
 
     @property
     def prompts(self) -> list[Prompt]:
         """One or several."""
-        if not self.prompt:
-            raise ValueError("prompt: give at least one token")
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [cast("Prompt", self.prompt)]
-        return cast("list[Prompt]", list(self.prompt))
+        if isinstance(self.prompt, str):
+            prompts: list[Any] = [self.prompt]
+        elif self.prompt and isinstance(self.prompt[0], int):
+            prompts = [self.prompt]
+        else:
+            prompts = list(self.prompt)
+        for prompt in prompts:
+            _check_prompt(prompt)
+        if not prompts:
+            raise OptionError("prompt", "must hold at least one text or token, got []")
+        return cast("list[Prompt]", prompts)
+
+
+def _check_prompt(prompt: str | list[int]) -> None:
+    if not prompt:
+        raise OptionError("prompt", f"must hold at least one token, got {prompt!r}")
+    if isinstance(prompt, str):
+        return
+    for token_id in prompt:
+        if not 0 <= token_id < _MAX_TOKEN_ID:
+            raise OptionError(
+                "prompt",
+                f"must hold token ids from 0 to {_MAX_TOKEN_ID - 1}, got {shorten(repr(token_id))}",
+            )
 
 
 def _text(content: Any) -> Any:
@@ -181,5 +203,5 @@ def _text(content: Any) -> Any:
         return content
     parts = [part for part in content if isinstance(part, dict)]
     if len(parts) < len(content) or any(part.get("type") != "text" for part in parts):
-        raise ValueError("messages: this server takes parts of type 'text' only")
+        raise OptionError("messages", "must have parts of type 'text' only")
     return "".join(str(part.get("text", "")) for part in parts)

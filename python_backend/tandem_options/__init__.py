@@ -3,6 +3,7 @@
 from tandem_options.errors import OptionError
 from tandem_options.reading import Reading, read
 from tandem_options.table import ALIASES, NAMES, OPTIONS, Fate, Option
+from tandem_options.unknown import UnknownNames
 from tandem_options.values import parse_json
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Option",
     "OptionError",
     "Reading",
+    "UnknownNames",
     "parse_json",
     "read",
 ]

@@ -25,7 +25,6 @@ from tandem import (
     Sequence,
     TandemError,
 )
-from tandem.errors import shorten
 from tandem.requests.end_of_turn import end_of_turn_ids
 from tandem.requests.options import (
     RequestOptions,
@@ -34,12 +33,13 @@ from tandem.requests.options import (
     with_bias,
     with_stops,
 )
-from tandem_options import NAMES
+from tandem_options import NAMES, UnknownNames
 from tandem_triton.choice import Choice, output_tensor
 from tandem_triton.inputs import read_prompt, read_tensor
 from tandem_triton.metrics import MetricsExporter
 
 logger = logging.getLogger("tandem")
+_unknown_names = UnknownNames(logger)
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MAX_SEED = 2**64 - 1
@@ -72,7 +72,7 @@ class Request:
         self._trace_id = trace_id(request)
         self._options = _options(request)
         self._id = self._id or self._options.request_id
-        warn_of_unknown(self._options.unknown)
+        _unknown_names.warn(self._options.unknown)
 
     @property
     def has_guide(self) -> bool:
@@ -237,18 +237,6 @@ _REASONS: dict[type[TandemError], str] = {
 
 
 # --- reading
-
-# Names that the log has been told of; of more it isn't.
-_warned_of: set[str] = set()
-_MAX_WARNED = 1000
-
-
-def warn_of_unknown(names: Items[str]) -> None:
-    """Tells the log once of each option that no table has."""
-    for name in names:
-        if len(_warned_of) < _MAX_WARNED and name not in _warned_of:
-            _warned_of.add(name)
-            logger.warning("a request has the unknown option %s, which is ignored", shorten(name))
 
 
 def trace_id(request: Any) -> str:

@@ -109,13 +109,21 @@ def test_a_body_that_is_wrong(url: str, body: str | bytes, status: int, message:
 
 
 @pytest.mark.parametrize(
-    ("path", "more"),
-    [("completions", {"prompt": [[]]}), ("chat/completions", {"messages": []})],
+    ("path", "more", "message"),
+    [
+        ("completions", {"prompt": [[]]}, "prompt must hold at least one token, got []"),
+        ("completions", {"prompt": ""}, "prompt must hold at least one token, got ''"),
+        ("completions", {"prompt": []}, "prompt must hold at least one text or token, got []"),
+        ("completions", {"prompt": [99999999999]}, "0 to 2147483647, got 99999999999"),
+        ("completions", {"prompt": [[7], [-1]]}, "token ids from 0 to 2147483647, got -1"),
+        ("chat/completions", {"messages": []}, "messages must hold at least one message, got []"),
+    ],
 )
-def test_an_empty_list_is_no_prompt(url: str, path: str, more: dict[str, Any]) -> None:
+def test_what_is_no_prompt(url: str, path: str, more: dict[str, Any], message: str) -> None:
     answer = post(url, json.dumps({"model": "tandem", **more}), path=path)
     assert answer.status_code == 400
-    assert "the prompt is an empty list: give at least one token" in error_of(answer)["message"]
+    assert message in error_of(answer)["message"]
+    assert error_of(answer)["param"] == next(iter(more))
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])

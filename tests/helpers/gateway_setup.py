@@ -49,6 +49,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         keeps_models_secret: whether it lets nobody ask which there are.
         asked: the models that prompts were for.
         peers: who sent them.
+        options: the sampling parameters of the last prompt.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.num_indexed = 0
         self.state = "alive"
         self.refusal = ""
+        self.options: dict[str, Any] = {}
         self.seconds = 0.0
         self.num_pings = self.num_running = 0
         self.url = ""
@@ -161,6 +163,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def _write(self, request: Any, answers: asyncio.Queue[Any]) -> None:
         inputs = {tensor.name: tensor.contents for tensor in request.inputs}
+        self.options = json.loads(inputs["sampling_parameters"].bytes_contents[0])
         prompt = (inputs.get("text_input") or inputs["messages"]).bytes_contents[0].decode()
         left = -1 if prompt == "..." else len(words := prompt.split(" "))
         while left:

@@ -163,8 +163,10 @@ class Admission:
             raise InvalidRequestError("the prompt is empty: give at least one token")
         if len(token_ids) >= self._max_model_len:
             raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens; with max_model_len {self._max_model_len} "
-                f"at most {self._max_model_len - 1} leave room for an answer"
+                f"the prompt is too long: this model's maximum context length is "
+                f"{self._max_model_len} tokens (max_model_len). However, your prompt resulted in "
+                f"{len(token_ids)} tokens; at most {self._max_model_len - 1} leave room for an "
+                "answer"
             )
         return token_ids
 

@@ -67,15 +67,15 @@ def _response_format(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
     kind = (value or {}).get("type", "text")
     if kind == "text":
         return None
-    if kind == "json_object":
-        return {"json_object": True}
+    if kind == "json_object":  # Some send a schema with it.
+        schema = (value or {}).get("schema")
+        return {"json_object": True} if schema is None else {"json": schema}
     if kind != "json_schema":
         raise InvalidRequestError(
             "response_format.type must be text, json_object or json_schema, got " + shorten(kind)
         )
     schema = (value or {}).get("json_schema")
-    # What others send has no name around the schema.
-    inner = schema.get("schema", schema) if isinstance(schema, Mapping) else None
+    inner = schema.get("schema") if isinstance(schema, Mapping) else None
     if inner is None:
         raise InvalidRequestError("response_format.json_schema is missing")
     return {"json": inner}

@@ -46,7 +46,8 @@ class TextLimits:
         """Refuses more items than tokens, each of which is one token at least."""
         if count > self.max_model_len:
             raise InvalidRequestError(
-                f"{name} has {count} items, more than max_model_len {self.max_model_len} has tokens"
+                f"{name} is too long: this model's maximum context length is {self.max_model_len} "
+                f"tokens (max_model_len). However, you sent {count} items"
             )
 
     def _check(self, name: str, text: str, max_bytes: int) -> None:
@@ -54,6 +55,7 @@ class TextLimits:
         size = len(text) if len(text) > max_bytes else len(text.encode("utf-8", "surrogatepass"))
         if size > max_bytes:
             raise InvalidRequestError(
-                f"{name} has {size} bytes, more than max_model_len {self.max_model_len} tokens can "
-                f"stand for ({max_bytes}): send less"
+                f"{name} is too long: this model's maximum context length is {self.max_model_len} "
+                f"tokens (max_model_len). However, you sent {size} bytes, more than so many tokens "
+                f"can stand for ({max_bytes}): send less"
             )
