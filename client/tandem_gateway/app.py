@@ -73,11 +73,8 @@ def create_app(
         any_model: whether the one model there is answers to every name.
     """
     limits = limits or Limits()
-    offered, metrics, rates = (
-        Models(AsyncClient(url, tls=tls), models, any_name=any_model),
-        Metrics(),
-        Rates(limits),
-    )
+    offered = Models(AsyncClient(url, tls=tls), models, any_name=any_model)
+    metrics, rates = Metrics(), Rates(limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -60,19 +60,12 @@ class Models:
         if name in self._clients:
             return self._clients[name]
         clients = await self.clients()
-        meant = self._meant(name, clients)
+        meant = meant_by(name, clients, any_name=self._any_name)
         if meant is None:
             there = " and ".join(map(repr, clients)) or "none"
             message = f"the model {shorten(name)!r} does not exist; this server has {there}"
             raise APIError(404, message, "model_not_found", "model")
         return clients[meant]
-
-    def _meant(self, name: str, there: Collection[str]) -> str | None:
-        """The model that a name means, which may have its provider's before it: `openai/NAME`."""
-        fits = [each for each in there if name == each or name.endswith(f"/{each}")]
-        if not fits and self._any_name:
-            fits = list(there) if len(there) == 1 else []
-        return max(fits, key=len, default=None)
 
     async def describe(self, name: str) -> Description:
         """What a model is; it is asked once.
@@ -82,6 +75,7 @@ class Models:
             TandemClientError: the model doesn't say.
         """
         client = await self.find(name)
+        name = client.model
         if name not in self._descriptions:
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
@@ -102,3 +96,16 @@ class Models:
     async def close(self) -> None:
         """Closes the connection."""
         await self._client.close()
+
+
+def meant_by(name: str, there: Collection[str], *, any_name: bool = False) -> str | None:
+    """The model that a name means, which may have its provider's before it: `openai/NAME`.
+
+    Args:
+        there: the models to choose from.
+        any_name: whether the one that is there, if it is alone, is meant by every name.
+    """
+    fits = [each for each in there if name == each or name.endswith(f"/{each}")]
+    if not fits and any_name and len(there) == 1:
+        fits = list(there)
+    return max(fits, key=len, default=None)

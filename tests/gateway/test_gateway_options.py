@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from gateway_setup import KEY, TIMEOUT, FakeTriton, ask, error_of, fake_triton, gateway, post
-from tandem_gateway.models import Models
+from tandem_gateway.models import meant_by
 from tandem_gateway.schema import ChatCompletionRequest, CompletionRequest
 
 MESSAGES = [{"role": "user", "content": "a b"}]
@@ -127,9 +127,7 @@ def test_a_chat_cannot_echo(url: str) -> None:
     assert chat(url, echo=False).status_code == 200
 
 
-def test_an_unknown_field_is_named_and_ignored(
-    url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unknown_field_is_named_and_ignored(url: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "tandem.gateway"):
         for stream in (False, True):
             answer = ask(url, temprature=1, stream=stream, **{"ü,\n": 2})
@@ -170,11 +168,10 @@ def test_another_model_is_not_found_unless_any_is_the_model(
 
 
 def test_with_several_models_a_name_has_to_say_which() -> None:
-    models = Models.__new__(Models)
-    models._any_name = True
-    assert models._meant("x/tandem_chat", ["tandem", "tandem_chat"]) == "tandem_chat"
-    assert models._meant("x/y/b", ["b", "y/b"]) == "y/b"
-    assert models._meant("gpt", ["tandem", "tandem_chat"]) is None
+    two = ["tandem", "tandem_chat"]
+    assert meant_by("x/tandem_chat", two) == "tandem_chat"
+    assert meant_by("x/y/b", ["b", "y/b"]) == "y/b"
+    assert meant_by("gpt", two, any_name=True) is None
 
 
 def test_the_newer_of_openais_names_wins() -> None:

@@ -241,11 +241,20 @@ def gateway(
     models: Sequence[str] = (),
     tls: TLS | None = None,
     origins: Sequence[str] = (),
+    strict: bool = False,
+    any_model: bool = False,
     **limits: Any,
 ) -> Iterator[str]:
     """One that listens, on a thread of its own; its address is given."""
     app = create_app(
-        url, models, tls=tls, api_keys=keys, allowed_origins=origins, limits=Limits(**limits)
+        url,
+        models,
+        tls=tls,
+        api_keys=keys,
+        allowed_origins=origins,
+        limits=Limits(**limits),
+        strict=strict,
+        any_model=any_model,
     )
     server = make_server(app, "127.0.0.1", 0, drain_seconds=1)
     thread = threading.Thread(target=server.run)

@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
 from tandem_gateway.schema import ChatCompletionRequest, CompletionRequest
-from tandem_options import NAMES
+from tandem_options import ALIASES, NAMES, OPTIONS, Fate, Option
 from tensors import KINDS
 
 Values = st.SearchStrategy[Any]
@@ -152,22 +152,33 @@ _OPTIONS: dict[str, Values] = {
     "embedding_bias_weights": st.lists(_PENALTIES, min_size=1, max_size=3),
     "structured_outputs": GUIDES,
     "guided_decoding": GUIDES,
+    "guided_json": _SCHEMAS,
     "guided_decoding_guide_type": st.sampled_from(["json", "json_schema", "regex", "ebnf_grammar"]),
     "guided_decoding_guide": st.sampled_from(["[a-c]{3}", "{}", "(", 'root ::= "a"']),
-    "beam_width": st.just(1),
     "length_penalty": _PENALTIES,
     "best_of": _COUNTS,
     "pad_id": TOKENS,
 }
-_FIXED = (
-    "return_context_logits",
-    "return_generation_logits",
-    "use_draft_logits",
-    "use_beam_search",
-)
-_OPTIONS |= dict.fromkeys(_FIXED, st.just(False))
-# All that is left are flags.
-_OPTIONS |= {name: st.booleans() for name in NAMES if name not in _OPTIONS}
+_BY_KIND: dict[str, Values] = {
+    "any": JSON_VALUES,
+    "bool": st.booleans(),
+    "int": _COUNTS,
+    "str": TEXTS,
+    "strings": _WORDS,
+    "ints": st.lists(TOKENS, min_size=1, max_size=4),
+    "object": st.dictionaries(TEXTS, JSON_VALUES, max_size=2),
+}
+
+
+def _values(option: Option) -> Values:
+    if option.fate is Fate.NOTHING and option.nothing:
+        return st.sampled_from(option.nothing)
+    return _BY_KIND.get(option.kind, JSON_VALUES)
+
+
+_OPTIONS |= {
+    name: _values(OPTIONS[canonical]) for name, canonical in ALIASES.items() if name not in _OPTIONS
+}
 
 
 def _pairs(table: Mapping[str, Values]) -> Values:
@@ -355,7 +366,6 @@ GATEWAY_MODEL = "short_queue"
 _FIELDS: dict[str, Values] = {
     **_OPTIONS,
     "model": st.sampled_from([GATEWAY_MODEL] * 5 + ["gpt"]),
-    "max_completion_tokens": _COUNTS,
     "prompt": st.one_of(
         PROMPTS,
         st.lists(PROMPTS, min_size=1, max_size=3),
@@ -366,23 +376,20 @@ _FIELDS: dict[str, Values] = {
     "tools": st.lists(st.dictionaries(TEXTS, JSON_VALUES, max_size=2), max_size=2),
     "tool_choice": st.sampled_from(["none", "auto", "required"]),
     "top_logprobs": st.integers(0, 20),
-    "suffix": st.none(),
-    "best_of": st.just(1),
     "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
     "response_format": st.one_of(
         st.sampled_from([{"type": "text"}, {"type": "json_object"}, {"type": "json_schema"}]),
         _SCHEMAS.map(lambda schema: {"type": "json_schema", "json_schema": {"schema": schema}}),
     ),
-    "metadata": st.dictionaries(TEXTS, JSON_VALUES, max_size=2),
 }
-_FLAGS = ("echo", "stream", "parallel_tool_calls", "store")
+_FLAGS = ("stream", "parallel_tool_calls")
 _FIELDS |= {name: st.booleans() for name in _FLAGS}
-_FIELDS |= dict.fromkeys(("user", "service_tier", "safety_identifier", "prompt_cache_key"), TEXTS)
+_FIELDS["prompt_cache_key"] = TEXTS
 
 
 def _gateway_bodies(kind: type[ChatCompletionRequest | CompletionRequest]) -> Values:
     """Bodies with the fields of a kind, all of which have values above."""
-    table = {name: _FIELDS[name] for name in kind.model_fields}
+    table = _OPTIONS | {name: _FIELDS[name] for name in kind.model_fields}
     if "messages" in table:
         table["logprobs"] = st.booleans()
     needed = {"model": st.just(GATEWAY_MODEL), "max_tokens": _COUNTS}

@@ -89,7 +89,7 @@ def test_several_prompts_in_one_tensor_are_refused(server: TritonServer) -> None
         ({"cache_salt": "\udfff"}, "cache_salt must be a string"),
         ({"drafter": "x" * 2_000_000}, "unknown drafter 'xxx"),
         ({"n": 10**300}, "n must be a whole number"),
-        ({"x" * 2_000_000: 1}, "unknown parameter 'xxx"),
+        ({"use_beam_search": "x" * 2_000_000}, "use_beam_search must be true or false, got 'xxx"),
     ],
 )
 def test_what_cant_be_read_is_refused_by_name_and_briefly(
