@@ -1,4 +1,4 @@
-"""Starts a server, sends it real prompts with speculation and without, and compares."""
+"""Starts a server, sends it real prompts with speculation and without, compares, and chats."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem_client import Client, Completion, Options, TandemClientError
-from tandem_client.cli import follow, ignore, printer
+from tandem_client.cli import follow, ignore, printer, summary
 from tandem_runtime.paths import ROOT
-from tandem_runtime.server import ServerError, TritonServer
+from tandem_runtime.server import ONE_BY_ONE, ServerError, TritonServer
 
 MODEL_REPOSITORY = ROOT / "model_repository"
+CHAT_MODEL = "tandem_chat"
+QUESTION = "What is the capital of France, and what is it known for?"
 MAX_TOKENS = 96
 REPEATS = 3
 
@@ -75,7 +77,7 @@ class Comparison:
 def main() -> int:
     """Runs the demo; returns the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    server = TritonServer(MODEL_REPOSITORY)
+    server = TritonServer(MODEL_REPOSITORY, extra_args=[ONE_BY_ONE])
     try:
         start(server)
         client = Client(server.grpc_url)
@@ -83,6 +85,7 @@ def main() -> int:
         comparisons = {name: compare(client, name, prompt) for name, prompt in PROMPTS.items()}
         print_table(comparisons)
         print(conditions(server.log_file))
+        chat(client.for_model(CHAT_MODEL))
     except (ServerError, TandemClientError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -125,6 +128,15 @@ def compare(client: Client, name: str, prompt: str) -> Comparison:
     return Comparison(runs[False], runs[True])
 
 
+def chat(client: Client) -> None:
+    """One turn with the model that has a chat template."""
+    print(f"\n--- chat, with {client.model}\n> {QUESTION}")
+    messages = [{"role": "user", "content": QUESTION}]
+    options: Options = {"max_tokens": MAX_TOKENS, "temperature": 0.0}
+    completion = follow(client, messages, options, printer(sys.stdout))
+    print(f"\n{summary(completion)}")
+
+
 def print_table(comparisons: dict[str, Comparison]) -> None:
     """Prints one line for each prompt."""
     print(
@@ -144,11 +156,11 @@ def print_table(comparisons: dict[str, Comparison]) -> None:
 def conditions(log_file: Path) -> str:
     """What the figures hold for."""
     settings = json.loads((MODEL_REPOSITORY / "tandem/1/model.json").read_text())
-    log = log_file.read_text(errors="replace")
-    loaded = re.search(r"loaded (\S+) in (\S+) on (\w+)", log)
-    dtype, device = (loaded[2], loaded[3]) if loaded else ("?", "?")
+    log, name = log_file.read_text(errors="replace"), Path(settings["verifier"]).name
+    loaded = re.search(rf"loaded \S*{re.escape(name)} in (\S+) on (\w+)", log)
+    dtype, device = loaded.groups() if loaded else ("?", "?")
     return (
-        f"{Path(settings['verifier']).name}, {dtype} on {device}, "
+        f"{name}, {dtype} on {device}, "
         f"{len(os.sched_getaffinity(0))} cores, drafter {settings['default_drafter']}, one request "
         f"at a time, {MAX_TOKENS} tokens, medians of {REPEATS}; greedy, but free prose at "
         "temperature 0.8.\nacceptance: share of the draft tokens that the verifier accepted; mean "

@@ -48,6 +48,9 @@ class TritonServer:
         model_repository: a folder of models.
         models: which of them to serve; all when empty.
 
+    Raises:
+        ServerError: the repository has no such model.
+
     Attributes:
         host: the address that the server listens on.
         http_port: port of the HTTP service; where none was given, a free one that was picked.
@@ -74,12 +77,11 @@ class TritonServer:
             host, (http_port, grpc_port, metrics_port)
         )
         self.log_file = Path(log_file or LOG_DIRECTORY / f"server-{self.http_port}.log").absolute()
-        self._chosen = _choose(Path(model_repository), models) if models else None
-        repository = Path(self._chosen.name if self._chosen else model_repository)
+        self._repository, self._models = Path(model_repository).absolute(), models
+        self._links: TemporaryDirectory[str] | None = None
+        _check_models(self._repository, models)
         libevent_host = f"ipv6:{host}" if is_ipv6(host) else host
-        self._command = [
-            str(TRITON / "bin" / "tritonserver"),
-            f"--model-repository={repository.absolute()}",
+        self._options = [
             f"--backend-directory={TRITON / 'backends'}",
             f"--exit-timeout-secs={EXIT_TIMEOUT_SECONDS}",
             "--strict-readiness=true",
@@ -139,10 +141,11 @@ class TritonServer:
             ServerError: the server isn't installed.
         """
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        program = str(TRITON / "bin" / "tritonserver")
         try:
             with self.log_file.open("wb") as log:
                 self._process = subprocess.Popen(
-                    self._command,
+                    [program, f"--model-repository={self._link_models()}", *self._options],
                     env={**_environment(), "TANDEM_HOST": self.host},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -194,19 +197,26 @@ class TritonServer:
 
     def stop(self, timeout: float = EXIT_TIMEOUT_SECONDS + 5) -> None:
         """Lets the server end its requests; kills it after `timeout` seconds or if interrupted."""
-        if self._process is None:
-            return
-        shared_memory = _shared_memory(self._process.pid)
+        try:
+            if self._process is not None:
+                self._end(self._process, timeout)
+        finally:
+            if self._links is not None:
+                self._links.cleanup()
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes], timeout: float) -> None:
+        shared_memory = _shared_memory(process.pid)
         try:
             # The models' own processes hear it too: the backend ends its streams in time.
-            os.killpg(self._process.pid, signal.SIGTERM)
-            self._process.wait(timeout)
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout)
         except (subprocess.TimeoutExpired, ProcessLookupError):
             pass
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             for path in shared_memory:
                 path.unlink(missing_ok=True)
 
@@ -232,6 +242,18 @@ class TritonServer:
     ) -> None:
         self.stop()
 
+    def _link_models(self) -> Path:
+        """Where the models lie that are to be served.
+
+        Triton can be told which to load, but then clients may load and unload them.
+        """
+        if not self._models:
+            return self._repository
+        self._links = TemporaryDirectory(prefix="tandem-models-")
+        for name in self._models:
+            Path(self._links.name, name).symlink_to(self._repository / name)
+        return Path(self._links.name)
+
     @property
     def _client_host(self) -> str:
         return client_host(self.host)
@@ -254,24 +276,13 @@ def failure_reason(log: str) -> str:
     return "\n".join(dict.fromkeys(reasons[:-1] or reasons))
 
 
-def _choose(repository: Path, models: Sequence[str]) -> TemporaryDirectory[str]:
-    """A repository of links to some models of another, which goes with the object.
-
-    Triton can be told which to load, but then clients may load and unload them.
-
-    Raises:
-        ServerError: there is no such model.
-    """
+def _check_models(repository: Path, models: Sequence[str]) -> None:
     there = model_names(repository)
     for name in models:
         if name not in there:
             raise ServerError(
                 f"there is no model {name!r} in {repository}: it has {', '.join(there) or 'none'}"
             )
-    chosen = TemporaryDirectory(prefix="tandem-models-")
-    for name in models:
-        Path(chosen.name, name).symlink_to((repository / name).absolute())
-    return chosen
 
 
 def model_names(repository: Path) -> list[str]:

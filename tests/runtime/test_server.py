@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tandem_runtime.server import TritonServer, failure_reason
+from pathlib import Path
+
+import pytest
+
+from tandem_runtime.server import ServerError, TritonServer, failure_reason
 
 
 def test_picked_ports_differ() -> None:
@@ -15,6 +19,16 @@ def test_stopping_a_server_that_was_not_started_does_nothing() -> None:
     server = TritonServer("repository")
     server.stop()
     assert not server.is_running()
+
+
+def test_a_model_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.pbtxt").touch()
+    with pytest.raises(ServerError, match=r"no model 'c' in .*: it has a, b$"):
+        TritonServer(tmp_path, models=["a", "c"])
+    with pytest.raises(ServerError, match="it has none"):
+        TritonServer(tmp_path / "a", models=["b"])
 
 
 def test_failure_reason_is_what_the_model_raised() -> None:

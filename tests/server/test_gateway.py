@@ -24,12 +24,14 @@ from openai import OpenAI
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import Select
 
 from http_process import post_from_a_process
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
 from tandem_runtime.paths import ROOT
-from tandem_runtime.server import TritonServer
+from tandem_runtime.server import ONE_BY_ONE, TritonServer
 
 KEY = "secret"
 PROMPT = "one two three"
@@ -40,12 +42,13 @@ SCREENSHOT = ROOT / "docs" / "chat.png"
 
 @contextmanager
 def gateway(server: TritonServer, model: str, *options: str, keys: str = "") -> Iterator[str]:
+    """One that offers a model, or all of the server's when that has no name."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
     command = [sys.executable, "-m", "tandem_gateway.cli", "--url", server.grpc_url]
     process = subprocess.Popen(
-        [*command, "--model", model, "--port", str(port), *options],
+        [*command, *(["--model", model] if model else []), "--port", str(port), *options],
         env={**os.environ, **({"TANDEM_API_KEYS": keys} if keys else {})},
     )
     url = f"http://127.0.0.1:{port}"
@@ -311,7 +314,7 @@ def test_an_absent_server_is_unavailable() -> None:
 
 
 def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
-    """A text is continued in headless Chromium, by the default models; accepted text is tinted.
+    """In headless Chromium, with the published models: a question, and a text that is continued.
 
     It writes the documentation's screenshot when SCREENSHOT=1.
     """
@@ -321,21 +324,38 @@ def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
         options.add_argument(argument)
     service = webdriver.ChromeService(find_tool("chromedriver"))
     with (
-        TritonServer(ROOT / "model_repository") as server,
-        gateway(server, "tandem") as url,
+        TritonServer(ROOT / "model_repository", extra_args=[ONE_BY_ONE]) as server,
+        gateway(server, "") as url,
         webdriver.Chrome(options=options, service=service) as browser,
     ):
         browser.get(url)
         browser.execute_script("document.querySelector('#temperature').value = 0")
-        browser.find_element(By.ID, "prompt").send_keys(QUESTION, Keys.ENTER)
-        status = browser.find_element(By.ID, "status")
-        wait_until(lambda: "acceptance" in status.text.lower(), 90)
-        (answer,) = browser.find_elements(By.CSS_SELECTOR, ".message.assistant")
+        model = Select(browser.find_element(By.ID, "model"))
+        wait_until(lambda: len(model.options) == 2)
+        assert model.first_selected_option.text == "tandem_chat"
+        mode = browser.find_element(By.ID, "mode")
+        assert mode.text == ""
+        answer = send_on_page(browser, "What is the capital of France?")
+        assert answer.text.startswith("The capital of France is Paris")
+
+        model.select_by_visible_text("tandem")
+        assert mode.text.startswith("This model has no chat template")
+        browser.find_element(By.ID, "new").click()
+        answer = send_on_page(browser, QUESTION)
         tinted = browser.find_elements(By.CSS_SELECTOR, ".accepted")
         assert 0 < sum(len(part.text) for part in tinted) < len(answer.text)
-        assert not browser.find_elements(By.CSS_SELECTOR, ".message.error")
         if os.environ.get("SCREENSHOT"):
             browser.save_screenshot(SCREENSHOT)
+
+
+def send_on_page(browser: webdriver.Chrome, text: str) -> WebElement:
+    """Sends a text, and waits for the end of the answer."""
+    browser.find_element(By.ID, "prompt").send_keys(text, Keys.ENTER)
+    status = browser.find_element(By.ID, "status")
+    wait_until(lambda: "tokens/s" in status.text, 90)
+    assert not browser.find_elements(By.CSS_SELECTOR, ".message.error")
+    (answer,) = browser.find_elements(By.CSS_SELECTOR, ".message.assistant")
+    return answer
 
 
 @pytest.mark.slow
