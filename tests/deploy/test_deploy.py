@@ -83,6 +83,16 @@ def test_the_deployed_configuration_is_the_published_one() -> None:
     assert deployed.count("parameters {") == published.count("parameters {") + 2
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_gateway_names_the_one_model_of_the_image(folder: str) -> None:
+    """Envoy lets nobody ask which there are."""
+    (gateway,) = pod_spec(folder, "tandem-gateway")["containers"]
+    assert "--model=tandem" in gateway["args"]
+    assert "Repository" not in (DEPLOY / "base/envoy/envoy.yaml").read_text()
+    copied = "COPY model_repository/tandem /opt/tandem/model_repository/tandem\n"
+    assert copied in (ROOT / "Dockerfile").read_text()
+
+
 @pytest.mark.parametrize("path", ["base/model/model.json", "overlays/gpu/model.json"])
 def test_every_model_json_is_one(path: str) -> None:
     config = EngineConfig.from_json(DEPLOY / path)
