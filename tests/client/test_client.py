@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from rich.console import Console
@@ -17,7 +19,9 @@ from tritonclient.utils import serialize_byte_tensor
 
 import tandem_client
 from tandem_client import (
+    AsyncClient,
     Chunk,
+    Client,
     Completion,
     Options,
     Prompt,
@@ -277,6 +281,30 @@ def test_input_that_is_not_utf8_exits_with_1(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     assert main(["generate", "-", "--url", free_url]) == 1
     assert "not valid UTF-8" in capsys.readouterr().err
+
+
+def test_clients_of_several_models_share_a_connection(
+    free_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for module in (grpc, grpc.aio):
+        connect = module.insecure_channel
+        monkeypatch.setattr(
+            module, "insecure_channel", lambda url, to=connect: made.append(url) or to(url)
+        )
+
+    async def ask() -> None:
+        async with AsyncClient(free_url) as client:
+            other = client.for_model("other")
+            assert (other.model, client.model) == ("other", "tandem")
+            assert not await other.is_ready()
+            assert not await client.is_ready()
+
+    asyncio.run(ask())
+    assert made == [free_url]
+    with Client(free_url) as client:
+        assert client.for_model("other").model == "other"
+    assert made == [free_url] * 2
 
 
 def test_all_public_names_exist() -> None:

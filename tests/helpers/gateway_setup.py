@@ -48,7 +48,6 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         dead_models: those whose process is dead.
         keeps_models_secret: whether it lets nobody ask which there are.
         asked: the models that prompts were for.
-        peers: who sent them.
         options: the sampling parameters of the last prompt.
     """
 
@@ -58,7 +57,6 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.dead_models: set[str] = set()
         self.keeps_models_secret = False
         self.asked: list[str] = []
-        self.peers: set[str] = set()
         self.num_indexed = 0
         self.state = "alive"
         self.refusal = ""
@@ -97,7 +95,6 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         tasks: list[asyncio.Task[None]] = []
 
         async def read() -> None:
-            self.peers.add(context.peer())
             async for request in requests:
                 task = asyncio.create_task(self._answer(request, answers))
                 tasks.append(task)
