@@ -46,6 +46,8 @@ CONSTRAINTS: list[dict[str, Any]] = [
     {"stop": (*"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", "ab"), "include_stop_str_in_output": True},
     {"stop": tuple("qwrtplkjhgfdscvbnm"), "min_tokens": 10},
     {"logprobs": 3, "logit_bias": {50: 5.0}},
+    {"allowed_token_ids": tuple(range(6, 384, 11)), "presence_penalty": 0.5},
+    {"logit_bias": {5: 6.0}, "stop": ("<end>",)},
     *({"guide": guide} for guide in GUIDES),
     {"guide": GUIDES[1], "frequency_penalty": 0.8, "bad_words": ("\\",), "logprobs": 0},
 ]
@@ -163,6 +165,21 @@ def test_bias_forces_and_forbids(engines: Engines) -> None:
     free = generate(engine, params).output_ids
     without = generate(engine, replace(params, logit_bias=dict.fromkeys(free, -100.0)))
     assert not set(free) & set(without.output_ids)
+
+
+def test_only_allowed_tokens_come(engines: Engines) -> None:
+    """Not even an end of sequence, which isn't one of them."""
+    allowed = (50, 60, 70)
+    params = SamplingParams(max_tokens=30, seed=1, allowed_token_ids=allowed, logit_bias={1: 100.0})
+    sequence = generate(engines.get("llama"), params)
+    assert set(sequence.output_ids) == set(allowed)
+    assert sequence.finish_reason is FinishReason.LENGTH
+
+
+def test_a_special_token_may_be_a_stop_string(engines: Engines) -> None:
+    params = SamplingParams(max_tokens=30, logit_bias={5: 100.0}, stop=("<end>",), temperature=0)
+    sequence = generate(engines.get("llama"), params)
+    assert (sequence.output_ids, sequence.stop_reason) == ([5], "<end>")
 
 
 def test_bad_words_never_appear(engines: Engines) -> None:

@@ -165,6 +165,8 @@ def test_a_process_that_ends_in_the_middle_is_one_guides_matter(
         (Guide("regex", r"a[^\s\S]"), "no text matches it"),
         (Guide("regex", "()"), "only the empty text matches it"),
         (Guide("grammar", "start: \n"), "only the empty text matches it"),
+        (Guide("grammar", "root ::="), "only the empty text matches it"),
+        (Guide("grammar", "root ::= a\na ::="), "only the empty text matches it"),
         (Guide("grammar", 'start: a\na: a "b"\n'), "no text matches it"),
         (Guide("grammar", "start: " + " | ".join(f'"w{n}"' for n in range(9_000))), "max is 2000"),
     ],
@@ -174,6 +176,33 @@ def test_what_nothing_can_match_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(InvalidRequestError, match=reason):
         compiler.compile(guide)
+
+
+@pytest.mark.parametrize(
+    ("space", "run", "num_valid"),
+    [
+        (None, " \n" * 40, 64),
+        ("", "  ", 0),
+        ("[ ]?", "    ", 1),
+        (r"\n {0,2}", "\n    ", 3),
+    ],
+)
+def test_white_space_in_json_is_bounded(
+    compiler: GrammarCompiler, tiny: TinyModels, space: str | None, run: str, num_valid: int
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.verifier("llama"))
+    for guide in (Guide("json_object", space=space), Guide("json", "{}", space=space)):
+        grammar = compiler.compile(guide)
+        for token_id in tokenizer('{"a":')["input_ids"]:
+            assert grammar.push(token_id) == ""
+        assert grammar.num_valid(tokenizer(run)["input_ids"]) == num_valid
+        rest = tokenizer('7,"b":true}')["input_ids"]
+        assert grammar.num_valid(rest) == len(rest)
+
+
+def test_white_space_that_is_no_expression_is_refused(compiler: GrammarCompiler) -> None:
+    with pytest.raises(InvalidRequestError, match="json can't be used as a guide: regex parse"):
+        compiler.compile(Guide("json", "{}", space="("))
 
 
 def test_what_is_compiled_once_serves_all(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tandem.requests.text import Detokenizer
+from tandem.requests.text import Detokenizer, OutputText
 from tiny_models import byte_tokenizer
 
 WORDS = ["\u2581", "\u2581the", "\u2581a", "th", "e", "a", "n", "\u2581n", "an", ".", "\u00e9"]
@@ -163,3 +165,80 @@ def test_special_tokens_are_left_out(text: str) -> None:
 def test_nothing_comes_of_nothing() -> None:
     detokenizer = Detokenizer(TOKENIZERS["bytes"])
     assert detokenizer.push([]) == detokenizer.flush() == ""
+
+
+END, TURN = 5, 4  # <end> and <turn>, special tokens of the byte tokenizer
+
+
+def ids(text: str) -> list[int]:
+    """Of text in which special tokens are written out."""
+    return list(TOKENIZERS["bytes"](text)["input_ids"])
+
+
+def shown(token_ids: list[int], stop: list[str], cut: int = 1, **options: Any) -> tuple[str, Any]:
+    """What is shown of tokens that come `cut` at a time, and the stop string that ended it."""
+    output = OutputText(TOKENIZERS["bytes"], stop, **options)
+    pieces = [output.push(token_ids[at : at + cut]) for at in range(0, len(token_ids), cut)]
+    return "".join(pieces) + output.flush(), output.matched
+
+
+@pytest.mark.parametrize("cut", [1, 3, 50])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "matched"),
+    [
+        ("ab<end>cd", "<end>", "ab", "<end>"),
+        ("a<turn>b<end>cd", "<end>", "ab", "<end>"),
+        ("ab<end>cd", "b<end>", "a", "b<end>"),
+        ("ab<end>cd", "<end>c", "ab", "<end>c"),
+        ("ab<end>xd", "<end>c", "abxd", None),
+        ("ab<turn><end>c", "<turn><end>", "ab", "<turn><end>"),
+        ("ab<turn>c<end>", "<end>\n", "abc", None),
+        ("ab<pad>cd", "<end>", "abcd", None),
+    ],
+)
+def test_a_stop_string_may_hold_special_tokens(
+    text: str, stop: str, expected: str, matched: str | None, cut: int
+) -> None:
+    assert shown(ids(text), [stop, "zz"], cut) == (expected, matched)
+
+
+def test_a_special_token_may_be_spelled_out() -> None:
+    letters = [token for letter in "ab<end>c" for token in ids(letter)]
+    assert END not in letters
+    assert shown(letters, ["<end>"]) == ("ab", "<end>")
+
+
+def test_a_stop_string_of_a_special_token_is_shown_on_request() -> None:
+    token_ids = ids("a<turn>b<end>c")
+    assert shown(token_ids, ["<end>"], include_stop=True) == ("ab<end>", "<end>")
+    assert shown(token_ids, ["b<end>"], include_stop=True) == ("ab<end>", "b<end>")
+
+
+def test_special_tokens_are_shown_on_request() -> None:
+    token_ids = ids("a<turn>b<end>c")
+    assert shown(token_ids, [], skip_special_tokens=False) == ("a<turn>b<end>c", None)
+    assert shown(token_ids, ["<end>"], skip_special_tokens=False) == ("a<turn>b", "<end>")
+
+
+@pytest.mark.parametrize("cut", [1, 3, 50])
+@pytest.mark.parametrize(
+    ("text", "stop", "min_tokens", "expected", "matched"),
+    [
+        ("xab!cd", ["ab!"], 4, "x", "ab!"),  # begins before, ends with the fourth token
+        ("xab!cd", ["ab!"], 5, "xab!cd", None),  # ends before
+        ("abcabc", ["abc"], 4, "abc", "abc"),
+        ("aaaa", ["aa"], 3, "a", "aa"),
+        ("abx", ["b", "abc"], 3, "abx", None),  # the first ended too early, the second nowhere
+        ("abc", ["b", "abc"], 3, "", "abc"),
+        ("a<end>b<end>", ["<end>"], 3, "ab", "<end>"),
+    ],
+)
+def test_a_stop_string_counts_when_it_ends(
+    text: str,
+    stop: list[str],
+    min_tokens: int,
+    expected: str,
+    matched: str | None,
+    cut: int,
+) -> None:
+    assert shown(ids(text), stop, cut, min_tokens=min_tokens) == (expected, matched)

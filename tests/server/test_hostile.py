@@ -82,8 +82,8 @@ def test_several_prompts_in_one_tensor_are_refused(server: TritonServer) -> None
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stop_token_ids": "[" * 100_000}, "stop_token_ids must be a list of whole numbers"),
-        ({"logit_bias": '{"a":' * 100_000}, "logit_bias must be an object"),
+        ({"stop_token_ids": "[" * 100_000}, "stop_token_ids holds more than 65536 values"),
+        ({"logit_bias": '{"a":' * 100_000}, "logit_bias holds more than 65536 values"),
         ({"stop": "\ud800"}, "stop must be a list of strings"),
         ({"bad_words": ["\ud800"]}, "bad_words must be a list of strings"),
         ({"cache_salt": "\udfff"}, "cache_salt must be a string"),

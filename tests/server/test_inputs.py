@@ -7,7 +7,6 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,10 +16,9 @@ from tritonclient.utils import InferenceServerException
 
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, Guide
-from tandem_options import NAMES
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
-from tensors import COMMON, KINDS, PROMPT, ask, declared, offline, tensors, text_of
+from tensors import COMMON, PROMPT, ask, declared, offline, tensors, text_of
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM")
 
@@ -238,15 +236,119 @@ def test_guides_over_http(server: TritonServer) -> None:
         assert re.fullmatch(pattern, answer["text_output"]), answer
 
 
-def documented() -> Iterator[str]:
-    """The names in the first column of the tables of a request."""
+# Options of other servers -> the same for the engine.
+OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"max_completion_tokens": "7"}, {"max_tokens": 7}),
+    ({"nvext": {"top_k": 3, "annotations": []}}, {"top_k": 3}),
+    ({"greed_sampling": True}, {"temperature": 0.0}),
+    ({"guided_regex": "[a-f]{4}"}, {"guide": Guide("regex", "[a-f]{4}")}),
+    ({"guided_choice": ["left", "right"]}, {"guide": Guide("choice", choices=("left", "right"))}),
+    ({"seed": -1}, {"seed": 2**64 - 1}),
+    ({"top_p": 0, "random_seed": 0, "stop": "", "bad_words": [""], "n": None}, {}),
+    ({"allowed_token_ids": [38, 39, "40"]}, {"allowed_token_ids": (38, 39, 40)}),
+    ({"logit_bias": {"5": 100}, "stop": "<end>"}, {"logit_bias": {5: 100.0}, "stop": ("<end>",)}),
+    (
+        {"logit_bias": {"4": 9}, "skip_special_tokens": False},
+        {"logit_bias": {4: 9.0}, "skip_special_tokens": False},
+    ),
+]
+
+
+@pytest.mark.parametrize(("sent", "options"), OTHERS)
+def test_others_words_mean_the_same(
+    server: TritonServer, engine: Engine, sent: dict[str, Any], options: dict[str, Any]
+) -> None:
+    sampling = {"temperature": 1.0, "max_tokens": 24, "seed": 5} | sent
+    if "max_completion_tokens" in sent:
+        del sampling["max_tokens"]
+    responses = ask(server, sampling_parameters=json.dumps(sampling))
+    assert text_of(responses) == offline(engine, **options)
+
+
+def test_a_prompt_may_be_cut_and_read_as_it_is(server: TritonServer, engine: Engine) -> None:
+    """Of "one two three", the last five characters."""
+    sampling = json.dumps({"truncate_prompt_tokens": 5, "add_special_tokens": False})
+    for prompt in ({}, {"text_input": None, "input_ids": engine.tokenizer(PROMPT)["input_ids"]}):
+        responses = ask(server, sampling_parameters=sampling, **prompt, **COMMON)
+        assert text_of(responses) == offline(engine, "three")
+        assert responses[0]["num_input_tokens"][0] == [5] or responses[0]["num_input_tokens"] == [5]
+
+
+def test_a_conversation_may_go_on(server: TritonServer, engine: Engine) -> None:
+    """Its last message is continued, or no answer is begun."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel"}]
+    for sampling, prompt in (
+        ({"continue_final_message": True}, "<turn>user:hi<end><turn>assistant:hel"),
+        ({"add_generation_prompt": False}, "<turn>user:hi<end><turn>assistant:hel<end>"),
+    ):
+        responses = ask(
+            server,
+            "vllm_format",
+            text_input=None,
+            messages=json.dumps(messages),
+            sampling_parameters=json.dumps(sampling),
+            **COMMON,
+        )
+        assert text_of(responses) == offline(engine, prompt)
+
+
+def test_a_conversation_ends_at_its_end_of_turn(server: TritonServer) -> None:
+    """Which the template has behind answers, and no configuration names."""
+    sampling = json.dumps({"logit_bias": {"5": 100, "2": 90}, "temperature": 0, "max_tokens": 8})
+    messages = json.dumps([{"role": "user", "content": "hi"}])
+    sent = {"text_input": None, "messages": messages, "sampling_parameters": sampling}
+    (response,) = ask(server, "vllm_format", **sent)
+    assert (response["finish_reason"], response["num_output_tokens"]) == ([b"stop"], [1])
+    (response,) = ask(server, "vllm_format", ignore_eos=True, **sent)
+    assert (response["finish_reason"], response["num_output_tokens"]) == ([b"length"], [8])
+
+
+def test_unknown_options_are_ignored_and_logged_once(server: TritonServer, engine: Engine) -> None:
+    sampling = json.dumps({"temprature": 9, "nvext": {"heat": 1}})
+    for _ in range(2):
+        responses = ask(server, sampling_parameters=sampling, **COMMON)
+        assert text_of(responses) == offline(engine)
+    log = server.log_file.read_text()
+    for name in ("temprature", "nvext.heat"):
+        assert log.count(f"the unknown option '{name}'") == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ({"use_beam_search": True}, "use_beam_search must be False, got True: there is no beam"),
+        ({"best_of": 3, "n": 2}, "best_of must be n, which is 2, got 3"),
+        ({"suffix": "x"}, "suffix must be left out, got 'x'"),
+        ({"allowed_token_ids": [384]}, "allowed_token_ids must be whole numbers below 384"),
+        ({"stop_token_ids": [99999999999]}, "stop_token_ids must be a whole number from 0"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias must be a whole number from 0"),
+        ({"bad_words": ["\ud800"]}, "bad_words must be a list of strings"),
+        ({"guided_regex": "a", "guided_json": {}}, "only one guide can hold, got guided_json and"),
+        ({"guided_grammar": "root ::="}, "only the empty text matches it"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be a whole number from 1"),
+        (
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "add_generation_prompt and continue_final_message can't both be true",
+        ),
+    ],
+)
+def test_what_others_ask_for_and_cannot_be_done_is_refused(
+    server: TritonServer, sent: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InferenceServerException, match=message) as refusal:
+        ask(server, sampling_parameters=json.dumps(sent))
+    assert "INVALID_ARG" in str(refusal.value)
+
+
+def test_a_prompt_that_is_too_long_is_refused_in_known_words(server: TritonServer) -> None:
+    with pytest.raises(InferenceServerException, match="maximum context length is 16000 tokens"):
+        ask(server, text_input="x" * 16_000)
+
+
+def test_the_documentation_lists_every_output() -> None:
+    """Inputs are compared in tests/docs."""
     text = (ROOT / "docs/requests.md").read_text()
-    section = text[text.index("## Inputs") : text.index("## Errors")]
-    for line in section.splitlines():
-        if line.startswith("| `"):
-            yield from re.findall(r"`(\w+)`", line.split("|")[1])
-
-
-def test_the_documentation_lists_what_there_is() -> None:
-    expected = {*KINDS, *declared("output"), *NAMES}
-    assert sorted(set(documented())) == sorted(expected)
+    section = text[text.index("## Outputs") :]
+    section = section[: section.index("\n## ")]
+    first = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first))) == sorted(declared("output"))

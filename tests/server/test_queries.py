@@ -102,12 +102,17 @@ def ask(client: Client, question: str, prompt: Any, **options: Any) -> list[Any]
             "tokenize",
             "x" * 64 * (MAX_MODEL_LEN + 1),
             {},
-            "text_input has 1024064 bytes, more",
+            "text_input is too long: this model's maximum context length is 16000 tokens",
         ),
         ("detokenize", "x", {}, "detokenize needs input_ids"),
         ("detokenize", [384], {}, "input_ids must be whole numbers below 384, got 384"),
         ("detokenize", [-1], {}, "input_ids must be whole numbers below 384, got -1"),
-        ("detokenize", [7] * (MAX_MODEL_LEN + 1), {}, "input_ids has 16001 items, more than max_m"),
+        (
+            "detokenize",
+            [7] * (MAX_MODEL_LEN + 1),
+            {},
+            "input_ids is too long: this model",
+        ),
     ],
 )
 def test_a_wrong_question_is_refused_by_name(

@@ -87,7 +87,7 @@ def _guide_of_type(values: Mapping[str, Any]) -> dict[str, Any] | None:
     if not kind and not text:
         return None
     if kind == "json":
-        return {"json_object": True}
+        return {"json": "{}"}
     if kind not in _TYPES:
         known = ", ".join(["json", *_TYPES])
         raise InvalidRequestError(
