@@ -47,7 +47,7 @@ CONSTRAINTS: list[dict[str, Any]] = [
     {"stop": tuple("qwrtplkjhgfdscvbnm"), "min_tokens": 10},
     {"logprobs": 3, "logit_bias": {50: 5.0}},
     {"allowed_token_ids": tuple(range(6, 384, 11)), "presence_penalty": 0.5},
-    {"logit_bias": {5: 6.0}, "stop": ("<end>",)},
+    {"logit_bias": {4: 6.0}, "stop": ("<turn>",)},
     *({"guide": guide} for guide in GUIDES),
     {"guide": GUIDES[1], "frequency_penalty": 0.8, "bad_words": ("\\",), "logprobs": 0},
 ]
@@ -171,15 +171,15 @@ def test_only_allowed_tokens_come(engines: Engines) -> None:
     """Not even an end of sequence, which isn't one of them."""
     allowed = (50, 60, 70)
     params = SamplingParams(max_tokens=30, seed=1, allowed_token_ids=allowed, logit_bias={1: 100.0})
-    sequence = generate(engines.get("llama"), params)
+    sequence = generate(engines("llama", **WIDE), params)
     assert set(sequence.output_ids) == set(allowed)
     assert sequence.finish_reason is FinishReason.LENGTH
 
 
 def test_a_special_token_may_be_a_stop_string(engines: Engines) -> None:
-    params = SamplingParams(max_tokens=30, logit_bias={5: 100.0}, stop=("<end>",), temperature=0)
-    sequence = generate(engines.get("llama"), params)
-    assert (sequence.output_ids, sequence.stop_reason) == ([5], "<end>")
+    params = SamplingParams(max_tokens=30, logit_bias={4: 100.0}, stop=("<turn>",), temperature=0)
+    sequence = generate(engines("llama", **WIDE), params)
+    assert (sequence.output_ids, sequence.stop_reason) == ([4], "<turn>")
 
 
 def test_bad_words_never_appear(engines: Engines) -> None:

@@ -56,6 +56,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory, tiny_verifier: Path) ->
     chat = tmp_path_factory.mktemp("chat") / "verifier"
     shutil.copytree(tiny_verifier, chat)
     (chat / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    # As in many checkpoints, it doesn't name the end of a turn.
+    generation = json.loads((chat / "generation_config.json").read_text())
+    (chat / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 1}))
     write_repository(directory, tiny_verifier)
     write_repository(directory, chat, "short_queue", max_queue_size=4)
     return write_repository(directory, chat, "vllm_format", max_batch_size=0)

@@ -246,7 +246,7 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": -1}, {"seed": 2**64 - 1}),
     ({"top_p": 0, "random_seed": 0, "stop": "", "bad_words": [""], "n": None}, {}),
     ({"allowed_token_ids": [38, 39, "40"]}, {"allowed_token_ids": (38, 39, 40)}),
-    ({"logit_bias": {"5": 100}, "stop": "<end>"}, {"logit_bias": {5: 100.0}, "stop": ("<end>",)}),
+    ({"logit_bias": {"4": 6}, "stop": "<turn>"}, {"logit_bias": {4: 6.0}, "stop": ("<turn>",)}),
     (
         {"logit_bias": {"4": 9}, "skip_special_tokens": False},
         {"logit_bias": {4: 9.0}, "skip_special_tokens": False},
