@@ -67,5 +67,5 @@ clean: ## remove what builds and tools leave behind
 	@rm -rf build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## also remove what was set up: .venv, .checkov, .tools, .triton, .models and .vllm
-	@rm -rf .venv .checkov .tools .triton .models .vllm .bench .setup.lock
+distclean: clean ## also remove what was set up: .venv, .checkov, .tools, .triton, .models, .vllm, .clients
+	@rm -rf .venv .checkov .tools .triton .models .vllm .clients .bench .setup.lock

@@ -6,21 +6,27 @@ type as coarse as bfloat16, in which the last bits decide between tokens often.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections import Counter
+from contextlib import suppress
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tandem.cache_files import find_file, keep_file
 from tandem.config import AUTO
 from tandem.errors import UnsupportedModelError
-from tandem.wing import wing_of
+from tandem.machine import code_hash
+from tandem.wing import Wing, wing_of
 
 logger = logging.getLogger("tandem")
 
 # What "auto" pays at most, as a share of the time of products.
 _MAX_COST = 0.03
-# Whatever else the machine does only adds to a time: where that seems to be the cost, it is looked
-# at more often.
+# Of measuring, and where that seems to be too much.
 _ROUNDS, _MORE_ROUNDS = 3, 30
 
 
@@ -42,9 +48,7 @@ def make_invariant(model: PreTrainedModel, choice: bool | str) -> bool:
             raise
         logger.info("batch_invariant is off: %s", str(error).removeprefix("batch_invariant: "))
         return False
-    costs = wing.own_costs(model, _ROUNDS)
-    if choice == AUTO and max(costs.values()) > _MAX_COST:
-        costs = wing.own_costs(model, _MORE_ROUNDS)
+    costs = _costs(wing, model)
     said = ", ".join(f"{cost:+.0%}" for cost in costs.values())
     rows = ", ".join(map(str, costs))
     if choice == AUTO and max(costs.values()) > _MAX_COST:
@@ -53,6 +57,40 @@ def make_invariant(model: PreTrainedModel, choice: bool | str) -> bool:
         return False
     logger.info("batch_invariant is on: products of %s rows take %s", rows, said)
     return True
+
+
+def _costs(wing: Wing, model: PreTrainedModel) -> dict[int, float]:
+    """What own products take longer, as a share, by rows: as found here before, or measured.
+
+    Whatever else the machine does only adds to a time. So what seems dear is looked at more often,
+    and what was once found cheap is not asked again.
+    """
+    name = _file_name(wing, model)
+    try:
+        path = find_file(name)
+        if path is not None:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return {int(rows): float(cost) for rows, cost in kept.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        logger.warning("kept costs of products can't be read, measuring again: %s", error)
+    costs = wing.own_costs(model, _ROUNDS)
+    if max(costs.values()) > _MAX_COST:
+        costs = wing.own_costs(model, _MORE_ROUNDS)
+    if max(costs.values()) <= _MAX_COST:
+        with suppress(OSError):
+            keep_file(name, lambda path: path.write_text(json.dumps(costs), encoding="utf-8"))
+    return costs
+
+
+def _file_name(wing: Wing, model: PreTrainedModel) -> str:
+    shapes = Counter(
+        str(list(module.weight.shape))
+        for module in model.modules()
+        if isinstance(module, wing.linear)
+    )
+    facts = [sorted(shapes.items()), str(model.dtype), wing.describe(), torch.__version__]
+    key = hashlib.sha256(json.dumps([*facts, code_hash()], default=str).encode()).hexdigest()
+    return f"products-{key[:16]}.json"
 
 
 def _check_linear(model: PreTrainedModel, linear: type[nn.Module]) -> None:
