@@ -42,6 +42,7 @@ MODEL, CHAT_MODEL = "tandem", "tandem_chat"
 _TOKENIZER = ROOT / ".models" / "gemma-3-270m"
 _SECONDS = 600
 _MARKS = ("<!-- what was run -->\n", "<!-- end of what was run -->\n")
+_STREAMS = "8 chats that are streamed, 2 at a time"
 _EXAMPLES = """examples:
   python scripts/clients.py                    all of them; takes half an hour the first time
   python scripts/clients.py openai litellm     these two
@@ -55,14 +56,16 @@ class Client:
 
     Attributes:
         packages: what is installed for it; the first one's version is reported.
-        command: with the names of `_values` in braces, where those of the environment come first.
-        finds: in what it prints, the part to report.
+        command: with places in braces: where the environment is, and the server.
+        what: what is run; empty for a program that says so at its end.
+        proof: what it prints then, an expression.
     """
 
     name: str
     packages: tuple[str, ...]
     command: tuple[str, ...]
-    finds: str = r"([^\n]+)\s*\Z"
+    what: str = ""
+    proof: str = ""
 
 
 def _program(name: str, *packages: str, file: str = "") -> Client:
@@ -101,7 +104,8 @@ CLIENTS = (
             ),
             *("--ui", "none"),
         ),
-        r"(Request Throughput[^\n]*)",
+        _STREAMS,
+        r"Request Count[^\d\n]*8",
     ),
     Client(
         "genai-perf",
@@ -112,16 +116,26 @@ CLIENTS = (
             *("--concurrency", "2", "--tokenizer", "{chat_tokenizer}"),
             *("--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16"),
         ),
-        r"(Request throughput[^\n]*)",
+        _STREAMS,
+        "8/8",
     ),
     Client(
         "guidellm",
         ("guidellm",),
         (
-            *("{bin}/guidellm", "benchmark", "--target", "{gateway}", "--rate-type", "concurrent"),
-            *("--rate", "2", "--max-requests", "8", "--model", CHAT_MODEL),
-            *("--processor", "{chat_tokenizer}", "--data", "prompt_tokens=32,output_tokens=16"),
+            *("{bin}/guidellm", "run", "--disable-progress", "--output", "kind=console"),
+            *("--backend", "kind=openai_http,target={gateway},model=" + CHAT_MODEL),
+            *(
+                "--profile",
+                "kind=concurrent,streams=2",
+                "--constraint",
+                "kind=max_requests,count=8",
+            ),
+            *("--tokenizer", "kind=hf_auto,model={chat_tokenizer}"),
+            *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"),
         ),
+        _STREAMS,
+        "Completed Requests",
     ),
     Client(
         "perf_analyzer",
@@ -130,7 +144,8 @@ CLIENTS = (
             *(str(TRITON / "bin" / "perf_analyzer"), "-m", MODEL, "-u", "{grpc}", "-i", "grpc"),
             *("--streaming", "--request-count", "8"),
         ),
-        r"(Throughput: [^\n]*)",
+        "texts over gRPC, without data of its own",
+        "Throughput: ",
     ),
     Client(
         "curl",
@@ -209,12 +224,13 @@ def _version(client: Client) -> str:
 
 
 def _run(client: Client, values: dict[str, str]) -> list[str]:
-    """Its row: name, version, what was run, and what came of it."""
+    """Its row: name, version, what was run, and whether it did what it should."""
     folder = ENVIRONMENTS / _folder(client)
     names = {"bin": str(folder / "bin"), "python": str(folder / "bin" / "python"), **values}
     command = [part.format(**names) for part in client.command]
     environment = {
         **os.environ,
+        "PATH": os.pathsep.join([names["bin"], str(TRITON / "bin"), os.environ["PATH"]]),
         "OPENAI_BASE_URL": f"{values['gateway']}/v1",
         "OPENAI_API_KEY": "none",
         "TRITON_HTTP": values["http"],
@@ -223,7 +239,6 @@ def _run(client: Client, values: dict[str, str]) -> list[str]:
         "CHAT_MODEL": CHAT_MODEL,
         "TOKENIZER": str(_TOKENIZER),
         "NODE_PATH": str(folder / "node_modules"),
-        "HF_HUB_OFFLINE": "1",
     }
     environment.pop("PYTHONPATH", None)
     if client.command[0] == "node":
@@ -247,9 +262,11 @@ def _run(client: Client, values: dict[str, str]) -> list[str]:
     except subprocess.TimeoutExpired as error:
         said, is_right = str(error.stdout or b"") + f"\nnot done after {_SECONDS} s", False
     (scratch / f"{_folder(client)}.log").write_text(said)
-    found = re.search(client.finds, done.stdout if is_right else said.rstrip())
-    result = " ".join((found[1] if found else said[-200:]).replace("|", " ").split())
-    return [client.name, _version(client), ("ran: " if is_right else "failed: ") + result]
+    if is_right and re.search(client.proof, said):
+        what = client.what or done.stdout.strip().splitlines()[-1]
+        return [client.name, _version(client), what, "ok"]
+    error = " ".join(said[-300:].replace("|", " ").split())
+    return [client.name, _version(client), client.what, f"failed: {error}"]
 
 
 # --- the server, and what is sent to it
@@ -270,7 +287,7 @@ class Recorder:
         noted: dict[str, Any] = {"method": request.method, "path": request.url.path}
         if body:
             noted["body"] = json.loads(body)
-        if noted not in self.requests:
+        if _shape(noted) not in map(_shape, self.requests):
             self.requests.append(noted)
         headers = {k: v for k, v in request.headers.items() if k not in ("host", "content-length")}
         sent = self._client.build_request(
@@ -295,6 +312,16 @@ class Recorder:
         path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
+def _shape(value: Any) -> Any:
+    """The same for requests that differ in their texts and numbers alone."""
+    if isinstance(value, dict):
+        kept = {name: value[name] for name in ("method", "path", "role", "type") if name in value}
+        return {name: _shape(each) for name, each in value.items()} | kept
+    if isinstance(value, list):
+        return [_shape(each) for each in value]
+    return value if value is None or isinstance(value, bool) else type(value).__name__
+
+
 @contextmanager
 def serving() -> Iterator[tuple[dict[str, str], Recorder]]:
     """A server with both models, its gateway, and what notes their requests; where they are."""
@@ -306,8 +333,9 @@ def serving() -> Iterator[tuple[dict[str, str], Recorder]]:
         config = uvicorn.Config(recorder.app, port=ports[1], log_level="warning")
         proxy = uvicorn.Server(config)
         thread = threading.Thread(target=asyncio.run, args=(proxy.serve(),), daemon=True)
-        thread.start()
         try:
+            _wait_for(f"http://127.0.0.1:{ports[0]}/health")
+            thread.start()
             _wait_for(f"http://127.0.0.1:{ports[1]}/health")
             yield (
                 {
@@ -320,7 +348,8 @@ def serving() -> Iterator[tuple[dict[str, str], Recorder]]:
             )
         finally:
             proxy.should_exit = True
-            thread.join()
+            if thread.is_alive():
+                thread.join()
             gateway.terminate()
             gateway.wait()
 
@@ -356,5 +385,5 @@ def _write_page(rows: dict[str, list[str]]) -> None:
     new = {name: f"| {' | '.join(row)} |" for name, row in rows.items()}
     merged = kept | new
     lines = [merged[client.name] for client in CLIENTS if client.name in merged]
-    table = "\n".join(["| client | version | what came of it |", "|---|---|---|", *lines])
+    table = "\n".join(["| client | version | what was run | result |", "|---|---|---|---|", *lines])
     PAGE.write_text(f"{before}{_MARKS[0]}{table}\n{_MARKS[1]}{after}", encoding="utf-8")

@@ -7,7 +7,8 @@ for kind in generate generate_stream; do
         grep --quiet ' 5, 6'
 done
 curl --fail --silent --show-error "$OPENAI_BASE_URL/completions" \
+    -H "Content-Type: application/json" \
     -d "{\"model\": \"$MODEL\", \"prompt\": \"1, 2, 3, 4,\", \"max_tokens\": 10, \"temperature\": 0}" |
     grep --quiet ' 5, 6, 7, '
 curl --fail --silent --show-error "$OPENAI_BASE_URL/models" | grep --quiet "$CHAT_MODEL"
-echo "generate, generate_stream, completions without a content type, models"
+echo "generate, generate_stream, completions, models"

@@ -21,7 +21,6 @@ answer = litellm.completion(
     messages=[{"role": "user", "content": PROMPT}],
     api_base=f"http://{TRITON_HTTP}/v2/models/{MODEL}/generate",
     max_tokens=10,
-    temperature=0,
 )
 assert answer.choices[0].message.content, answer
 print("chat and streams as hosted_vllm/ and openai/, completions, its Triton provider")
