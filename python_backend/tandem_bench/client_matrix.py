@@ -265,8 +265,8 @@ def _run(client: Client, values: dict[str, str]) -> list[str]:
     if is_right and re.search(client.proof, said):
         what = client.what or done.stdout.strip().splitlines()[-1]
         return [client.name, _version(client), what, "ok"]
-    error = " ".join(said[-300:].replace("|", " ").split())
-    return [client.name, _version(client), client.what, f"failed: {error}"]
+    failure = " ".join(said[-300:].replace("|", " ").split())
+    return [client.name, _version(client), client.what, f"failed: {failure}"]
 
 
 # --- the server, and what is sent to it
