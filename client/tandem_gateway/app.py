@@ -33,7 +33,12 @@ from tandem_gateway.models import Models
 from tandem_gateway.parsing import json_route
 from tandem_gateway.rates import Rates
 from tandem_gateway.responses import Kind, Writer
-from tandem_gateway.schema import ChatCompletionRequest, CompletionRequest, Request
+from tandem_gateway.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Request,
+    StreamOptions,
+)
 from tandem_gateway.security import PAGE, PAGE_POLICY, SecurityHeaders
 from tandem_gateway.streaming import events
 from tandem_gateway.tokenization import Tokenization
@@ -236,10 +241,10 @@ class _Gateway:
         chunks = self._generator.chunks(client, prompts, options, request.n, payer)
         headers = {"x-request-id": writer.id} | _ignored(unknown)
         if request.stream:
-            with_usage = request.stream_options is not None and request.stream_options.include_usage
             # The first chunk decides on the status.
             first = await _unless_gone(anext(chunks), http)
-            stream = events(writer, first, chunks, request.n, with_usage)
+            wanted = request.stream_options or StreamOptions()
+            stream = events(writer, first, chunks, request.n, wanted)
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
         answers, usage = await _unless_gone(collect(chunks, request.n), http)
         return JSONResponse(writer.whole(answers, usage), headers=headers)
