@@ -270,6 +270,37 @@ def test_structured_answers(chat: OpenAI) -> None:
         assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
 
 
+def test_a_response(chat: OpenAI, engine: Engine) -> None:
+    prompt = "<turn>system:be brief<end><turn>user:hi<end><turn>assistant:"
+    asked: dict[str, Any] = {
+        "model": "short_queue",
+        "instructions": "be brief",
+        "input": "hi",
+        "max_output_tokens": OPTIONS["max_tokens"],
+        "temperature": OPTIONS["temperature"],
+        "extra_body": {"seed": OPTIONS["seed"], "ignore_eos": True},
+    }
+    expected = offline(engine, prompt, ignore_eos=True)
+    answer = chat.responses.create(**asked)
+    assert answer.output_text == expected
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert answer.usage.output_tokens == OPTIONS["max_tokens"]
+    assert answer.usage.total_tokens == answer.usage.input_tokens + OPTIONS["max_tokens"]
+    events = list(chat.responses.create(**asked, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert len(deltas) > 1
+    assert "".join(deltas) == expected == events[-1].response.output_text
+    assert events[-1].type == "response.incomplete"
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    answer = chat.responses.create(
+        **{**asked, "max_output_tokens": 200, "extra_body": {"logit_bias": {"96": 100}}},
+        text={"format": {"type": "json_schema", "name": "answer", "schema": schema}},
+    )
+    assert isinstance(json.loads(answer.output_text)["ok"], bool)
+    with pytest.raises(openai.BadRequestError, match="previous_response_id must not be given"):
+        chat.responses.create(**asked, previous_response_id="resp_1")
+
+
 def post(url: str, path: str, body: Any, key: str = KEY) -> requests.Response:
     headers = {"Authorization": f"Bearer {key}"}
     return requests.post(f"{url}{path}", json=body, headers=headers, timeout=TIMEOUT)
