@@ -27,7 +27,8 @@ class Chunk:
 
     The first `accepted_text_length` characters of `text` are from drafts that were accepted.
     `logprobs` and `token_ids` are there on request; `stop_reason`, `seed`, `num_cached_tokens` (of
-    the input) and the seconds come with a sequence's last chunk.
+    the input), `acceptance_histogram` (the sequence's rounds by how many drafts were accepted) and
+    the seconds come with a sequence's last chunk.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Chunk:
     logprobs: tuple[dict[str, Any], ...] = ()
     seed: int | None = None
     num_cached_tokens: int | None = None
+    acceptance_histogram: tuple[int, ...] | None = None
     time_to_first_token: float | None = None
     total_time: float | None = None
 
@@ -318,10 +320,15 @@ def _chunk(outputs: dict[str, Any]) -> Chunk:
         logprobs=tuple(json.loads(outputs.get("logprobs", b"[]"))),
         seed=outputs.get("seed"),
         num_cached_tokens=outputs.get("num_cached_tokens"),
+        acceptance_histogram=_histogram(outputs.get("acceptance_histogram")),
         time_to_first_token=outputs.get("time_to_first_token"),
         total_time=outputs.get("total_time"),
         **counts,
     )
+
+
+def _histogram(padded: list[int] | None) -> tuple[int, ...] | None:
+    return None if padded is None else tuple(count for count in padded if count >= 0)
 
 
 _COUNTS = (

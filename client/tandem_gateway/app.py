@@ -15,6 +15,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -23,7 +24,7 @@ from tandem_client.version import VERSION
 from tandem_gateway.auth import Keys
 from tandem_gateway.bodies import Bodies
 from tandem_gateway.errors import APIError, no_route
-from tandem_gateway.generation import Generator, Payer, collect
+from tandem_gateway.generation import Chunks, Generator, Payer, collect
 from tandem_gateway.guard import KEY, OWNER, Guard
 from tandem_gateway.health import Health
 from tandem_gateway.limits import Limits
@@ -33,7 +34,15 @@ from tandem_gateway.models import Models
 from tandem_gateway.parsing import json_route
 from tandem_gateway.rates import Rates
 from tandem_gateway.responses import Kind, Writer
-from tandem_gateway.schema import ChatCompletionRequest, CompletionRequest, Request
+from tandem_gateway.responses_api.events import ResponseWriter
+from tandem_gateway.responses_api.request import ResponsesRequest
+from tandem_gateway.responses_api.streaming import response_events
+from tandem_gateway.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Request,
+    StreamOptions,
+)
 from tandem_gateway.security import PAGE, PAGE_POLICY, SecurityHeaders
 from tandem_gateway.streaming import events
 from tandem_gateway.tokenization import Tokenization
@@ -95,6 +104,7 @@ def create_app(
     gateway = _Gateway(offered, metrics, Generator(limits, rates, metrics), strict)
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
+    app.add_api_route("/v1/responses", gateway.respond, methods=["POST"])
     tokenization = Tokenization(offered)
     app.add_api_route("/tokenize", tokenization.tokenize, methods=["POST"])
     app.add_api_route("/detokenize", tokenization.detokenize, methods=["POST"])
@@ -180,6 +190,24 @@ class _Gateway:
         """`POST /v1/completions`."""
         return await self._answer("text_completion", request, http)
 
+    async def respond(self, request: ResponsesRequest, http: HTTPRequest) -> Response:
+        """`POST /v1/responses`."""
+        try:
+            chat = request.to_chat()
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+        writer, chunks, headers = await self._start("chat.completion", chat, http)
+        response = ResponseWriter(request)
+        if request.stream:
+            first = await _unless_gone(anext(chunks), http)
+            stream = response_events(response, writer, first, chunks)
+            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        answers, usage = await _unless_gone(collect(chunks, 1), http)
+        for chunk in answers[0]:
+            list(response.add(writer.chunk(0, chunk)))
+        list(response.end(usage))
+        return JSONResponse(response.response, headers=headers)
+
     async def models(self) -> dict[str, Any]:
         """`GET /v1/models`."""
         names = await self._models.clients()
@@ -216,6 +244,20 @@ class _Gateway:
         return card
 
     async def _answer(self, kind: Kind, request: Request, http: HTTPRequest) -> Response:
+        writer, chunks, headers = await self._start(kind, request, http)
+        if request.stream:
+            # The first chunk decides on the status.
+            first = await _unless_gone(anext(chunks), http)
+            wanted = request.stream_options or StreamOptions()
+            stream = events(writer, first, chunks, request.n, wanted)
+            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        answers, usage = await _unless_gone(collect(chunks, request.n), http)
+        return JSONResponse(writer.whole(answers, usage), headers=headers)
+
+    async def _start(
+        self, kind: Kind, request: Request, http: HTTPRequest
+    ) -> tuple[Writer, Chunks, dict[str, str]]:
+        """What writes the answer, what comes from the server, and the answer's headers."""
         client = await self._models.find(request.model)
         options, prompts, unknown = request.options(), request.prompts, request.reading.unknown
         if self._strict and unknown:
@@ -234,15 +276,7 @@ class _Gateway:
         options["traceparent"] = traceparent if _TRACEPARENT.fullmatch(traceparent) else ""
         payer = Payer(http.scope[KEY], http.scope[OWNER])
         chunks = self._generator.chunks(client, prompts, options, request.n, payer)
-        headers = {"x-request-id": writer.id} | _ignored(unknown)
-        if request.stream:
-            with_usage = request.stream_options is not None and request.stream_options.include_usage
-            # The first chunk decides on the status.
-            first = await _unless_gone(anext(chunks), http)
-            stream = events(writer, first, chunks, request.n, with_usage)
-            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        answers, usage = await _unless_gone(collect(chunks, request.n), http)
-        return JSONResponse(writer.whole(answers, usage), headers=headers)
+        return writer, chunks, {"x-request-id": writer.id} | _ignored(unknown)
 
 
 def _ignored(names: Sequence[str]) -> dict[str, str]:

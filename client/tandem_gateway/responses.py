@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ class Usage:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    acceptance_histograms: list[Sequence[int]] = field(default_factory=list)  # of each answer
 
     def add(self, prompt: int, chunk: Chunk) -> None:
         """Counts a chunk of the answer to prompt number `prompt`."""
@@ -32,6 +33,8 @@ class Usage:
             # A sequence that was preempted may have had output of its own there too.
             cached = min(chunk.num_cached_tokens, chunk.num_input_tokens)
             self.num_cached_tokens[prompt] = cached
+        if chunk.acceptance_histogram is not None:
+            self.acceptance_histograms.append(chunk.acceptance_histogram)
         for name in (
             "num_output_tokens",
             "num_drafts",
@@ -40,13 +43,18 @@ class Usage:
         ):
             setattr(self, name, getattr(self, name) + getattr(chunk, name))
 
-    def to_json(self) -> dict[str, Any]:
-        """OpenAI's `usage`, and what speculation did."""
+    def counts(self) -> dict[str, Any]:
+        """OpenAI's `usage` so far."""
         prompt_tokens = sum(self.num_input_tokens.values())
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "total_tokens": prompt_tokens + self.num_output_tokens,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """OpenAI's `usage`, and what speculation did."""
+        return self.counts() | {
             "prompt_tokens_details": {"cached_tokens": sum(self.num_cached_tokens.values())},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": self.num_accepted_tokens,
@@ -56,10 +64,43 @@ class Usage:
                 "num_drafts": self.num_drafts,
                 "num_draft_tokens": self.num_draft_tokens,
                 "num_accepted_tokens": self.num_accepted_tokens,
-                "acceptance_rate": self.num_accepted_tokens / max(1, self.num_draft_tokens),
-                "mean_acceptance_length": 1 + self.num_accepted_tokens / max(1, self.num_drafts),
+                "acceptance_rate": self._acceptance_rate,
+                "mean_acceptance_length": self._mean_acceptance_length,
             },
         }
+
+    def metrics(self) -> dict[str, Any]:
+        """`metrics.speculative_decoding`, as vLLM writes it and aiperf reads it.
+
+        Empty unless it is that of a single answer, and where nothing may be drafted.
+
+        Source: vLLM's pull request 48915; `VLLMSpecDecodeAdapter` of aiperf, which refuses counts
+        that contradict one another.
+        """
+        if len(self.acceptance_histograms) != 1 or len(self.acceptance_histograms[0]) < 2:
+            return {}
+        (histogram,) = self.acceptance_histograms
+        return {
+            "metrics": {
+                "speculative_decoding": {
+                    "mean_acceptance_length": self._mean_acceptance_length,
+                    "draft_acceptance_rate": self._acceptance_rate,
+                    "acceptance_histogram": list(histogram),
+                    "num_spec_steps": self.num_drafts,
+                    "num_accepted_draft_tokens": self.num_accepted_tokens,
+                    "num_draft_tokens": self.num_draft_tokens,
+                    "num_spec_tokens": len(histogram) - 1,
+                }
+            }
+        }
+
+    @property
+    def _acceptance_rate(self) -> float:
+        return self.num_accepted_tokens / max(1, self.num_draft_tokens)
+
+    @property
+    def _mean_acceptance_length(self) -> float:
+        return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
 
 
 class Writer:
@@ -113,7 +154,7 @@ class Writer:
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The last object of a stream that was asked for it."""
-        return self._stream_head() | {"choices": [], "usage": usage.to_json()}
+        return self._stream_head() | {"choices": [], "usage": usage.to_json()} | usage.metrics()
 
     def whole(self, answers: dict[int, list[Chunk]], usage: Usage) -> dict[str, Any]:
         """The object of an answer that isn't streamed; `answers` are chunks by choice."""
@@ -134,7 +175,7 @@ class Writer:
             if self._with_token_ids:
                 choice["token_ids"] = [each for chunk in chunks for each in chunk.token_ids]
             choices.append(choice)
-        return self._head | {"choices": choices, "usage": usage.to_json()}
+        return self._head | {"choices": choices, "usage": usage.to_json()} | usage.metrics()
 
     def _stream_head(self) -> dict[str, Any]:
         return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})

@@ -40,6 +40,7 @@ class StreamOptions(_Body):
     model_config = ConfigDict(extra="ignore")
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class JSONSchema(_Body):

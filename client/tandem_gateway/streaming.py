@@ -11,24 +11,31 @@ from tandem_client import Chunk
 from tandem_gateway.errors import APIError
 from tandem_gateway.generation import Chunks
 from tandem_gateway.responses import Usage, Writer
+from tandem_gateway.schema import StreamOptions
 
 
 async def events(
-    writer: Writer, first: tuple[int, Chunk], chunks: Chunks, n: int, with_usage: bool
+    writer: Writer, first: tuple[int, Chunk], chunks: Chunks, n: int, options: StreamOptions
 ) -> AsyncIterator[str]:
     """Server-sent events; closed early, it cancels the request on the server."""
     usage = Usage()
+
+    def event(index: int, chunk: Chunk) -> str:
+        usage.add(index // n, chunk)
+        value = writer.chunk(index, chunk)
+        if options.include_usage:
+            value["usage"] = usage.counts() if options.continuous_usage_stats else None
+        return _event(value)
+
     async with aclosing(chunks):  # type: ignore[type-var]
         try:
-            usage.add(first[0] // n, first[1])
-            yield _event(writer.chunk(*first))
+            yield event(*first)
             async for index, chunk in chunks:
-                usage.add(index // n, chunk)
-                yield _event(writer.chunk(index, chunk))
+                yield event(index, chunk)
         except APIError as error:
             yield _event(error.to_json())
             return
-    if with_usage:
+    if options.include_usage:
         yield _event(writer.usage(usage))
     yield "data: [DONE]\n\n"
 

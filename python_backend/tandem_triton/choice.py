@@ -42,6 +42,7 @@ class Choice:
         self._last_token_at: float | None = None
         self._accepted_text_length = 0
         self._counts: Counter[str] = Counter()  # since the last response, by output
+        self._acceptances: Counter[int] = Counter()  # rounds, by how many drafts were accepted
         self._token_ids: list[int] = []
         self._is_accepted_draft: list[bool] = []
         self._logprobs: list[dict[str, Any]] = []
@@ -72,7 +73,9 @@ class Choice:
     def _count(self, delta: Delta) -> None:
         num_tokens, num_accepted = len(delta.token_ids), delta.num_accepted_tokens
         self._counts["num_output_tokens"] += num_tokens
-        self._counts["num_drafts"] += delta.num_draft_tokens > 0
+        if delta.num_draft_tokens > 0:
+            self._counts["num_drafts"] += 1
+            self._acceptances[num_accepted] += 1
         self._counts["num_draft_tokens"] += delta.num_draft_tokens
         self._counts["num_accepted_tokens"] += num_accepted
         self._is_accepted_draft += [place < num_accepted for place in range(num_tokens)]
@@ -148,6 +151,12 @@ class Choice:
             "last_token_time_ns": _nanoseconds(self._last_token_at),
         }
 
+    def _acceptance_histogram(self) -> list[int]:
+        """Rounds with drafts in which j were accepted, for each j that there may be."""
+        # What a grammar forces may be more than a drafter guesses.
+        most = max([self._sequence.max_lookahead, *self._acceptances])
+        return [self._acceptances[accepted] for accepted in range(most + 1)]
+
     def _totals(self) -> dict[str, Any]:
         sequence, now = self._sequence, time.monotonic()
         first_token_at = self._first_token_at or now
@@ -158,6 +167,7 @@ class Choice:
             "acceptance_rate": sequence.num_accepted_tokens / max(1, sequence.num_draft_tokens),
             "total_draft_tokens": sequence.num_draft_tokens,
             "total_accepted_draft_tokens": sequence.num_accepted_tokens,
+            "acceptance_histogram": self._acceptance_histogram(),
             "time_to_first_token": first_token_at - self._arrived_at,
             "total_time": now - self._arrived_at,
         }

@@ -197,6 +197,37 @@ def test_an_origin_is_scheme_and_host(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"{wrong!r} is no origin: give scheme and host" in capsys.readouterr().err
 
 
+# --- usage
+
+
+def usages(url: str, wanted: Any) -> list[Any]:
+    """What the chunks of a stream say of usage; "absent" for those that have no such field."""
+    body = {"model": "tandem", "prompt": "a b c", "stream": True, "stream_options": wanted}
+    lines = send(url, "/v1/completions", body).text.splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
+    return [chunk.get("usage", "absent") for chunk in chunks]
+
+
+def test_usage_is_null_before_the_last_chunk(url: str) -> None:
+    *before, last = usages(url, {"include_usage": True})
+    assert before == [None, None, None]
+    assert (last["completion_tokens"], last["total_tokens"]) == (3, 8)
+
+
+def test_usage_is_counted_as_chunks_come(url: str) -> None:
+    *before, last = usages(url, {"include_usage": True, "continuous_usage_stats": True})
+    assert before == [
+        {"prompt_tokens": 5, "completion_tokens": done, "total_tokens": 5 + done}
+        for done in (1, 2, 3)
+    ]
+    assert last["total_tokens"] == 8
+
+
+@pytest.mark.parametrize("wanted", [None, {}, {"continuous_usage_stats": True}])
+def test_usage_is_left_out_where_nobody_asks(url: str, wanted: Any) -> None:
+    assert usages(url, wanted) == ["absent"] * 3
+
+
 # --- bodies
 
 BODY = json.dumps({"model": "tandem", "prompt": "a b"}).encode()

@@ -131,12 +131,45 @@ def test_a_streamed_completion(client: OpenAI, engine: Engine) -> None:
     )
     assert len(chunks) > 1
     assert last.choices == []
+    assert all("usage" in chunk.model_fields_set for chunk in chunks)
+    assert {chunk.usage for chunk in chunks} == {None}
     speculation = last.usage.speculation
     details = last.usage.completion_tokens_details
     assert details.accepted_prediction_tokens == speculation["num_accepted_tokens"] > 0
     assert speculation["num_draft_tokens"] <= 3 * speculation["num_drafts"]
     for chunk in chunks:
         assert 0 <= chunk.choices[0].accepted_text_length <= len(chunk.choices[0].text)
+
+
+def test_speculation_is_where_aiperf_looks_for_it(client: OpenAI) -> None:
+    """The sums are those that aiperf checks before it takes the record."""
+    options: dict[str, Any] = {**OPTIONS, "temperature": 0.0, "model": "tandem", "prompt": PROMPT}
+    greedy = {"ignore_eos": True, "num_speculative_tokens": 3}
+    whole = client.completions.create(**options, extra_body=greedy)
+    wanted: Any = {"include_usage": True, "continuous_usage_stats": True}
+    stream = client.completions.create(
+        **options, extra_body=greedy, stream=True, stream_options=wanted
+    )
+    *chunks, last = list(stream)
+    for answer in (whole, last):
+        found = answer.metrics["speculative_decoding"]
+        histogram = found["acceptance_histogram"]
+        assert len(histogram) - 1 == found["num_spec_tokens"] == 3
+        assert sum(histogram) == found["num_spec_steps"] > 0
+        accepted = sum(number * count for number, count in enumerate(histogram))
+        assert accepted == found["num_accepted_draft_tokens"] > 0
+        rate, length = found["draft_acceptance_rate"], found["mean_acceptance_length"]
+        assert rate == pytest.approx(accepted / found["num_draft_tokens"])
+        assert length == pytest.approx(1 + accepted / found["num_spec_steps"])
+        ours = answer.usage.speculation
+        assert (ours["num_drafts"], ours["num_accepted_tokens"]) == (sum(histogram), accepted)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == last.usage.completion_tokens == OPTIONS["max_tokens"]
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {len(PROMPT)}
+    # Of several answers, and where nothing is drafted, there is no such record.
+    for more in ({"n": 2}, {"extra_body": {"drafter": "none"}}, {"prompt": ["a", "b"]}):
+        assert not hasattr(client.completions.create(**{**options, **more}), "metrics")
 
 
 def test_usage_says_how_much_of_the_prompt_was_cached(client: OpenAI) -> None:
@@ -235,6 +268,37 @@ def test_structured_answers(chat: OpenAI) -> None:
             **{**OPTIONS, "max_tokens": 200},
         )
         assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
+
+
+def test_a_response(chat: OpenAI, engine: Engine) -> None:
+    prompt = "<turn>system:be brief<end><turn>user:hi<end><turn>assistant:"
+    asked: dict[str, Any] = {
+        "model": "short_queue",
+        "instructions": "be brief",
+        "input": "hi",
+        "max_output_tokens": OPTIONS["max_tokens"],
+        "temperature": OPTIONS["temperature"],
+        "extra_body": {"seed": OPTIONS["seed"], "ignore_eos": True},
+    }
+    expected = offline(engine, prompt, ignore_eos=True)
+    answer = chat.responses.create(**asked)
+    assert answer.output_text == expected
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert answer.usage.output_tokens == OPTIONS["max_tokens"]
+    assert answer.usage.total_tokens == answer.usage.input_tokens + OPTIONS["max_tokens"]
+    events = list(chat.responses.create(**asked, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert len(deltas) > 1
+    assert "".join(deltas) == expected == events[-1].response.output_text
+    assert events[-1].type == "response.incomplete"
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    answer = chat.responses.create(
+        **{**asked, "max_output_tokens": 200, "extra_body": {"logit_bias": {"96": 100}}},
+        text={"format": {"type": "json_schema", "name": "answer", "schema": schema}},
+    )
+    assert isinstance(json.loads(answer.output_text)["ok"], bool)
+    with pytest.raises(openai.BadRequestError, match="previous_response_id must not be given"):
+        chat.responses.create(**asked, previous_response_id="resp_1")
 
 
 def post(url: str, path: str, body: Any, key: str = KEY) -> requests.Response:

@@ -64,6 +64,11 @@ def test_the_outputs_agree_with_each_other(
     assert sums["num_draft_tokens"] == last["total_draft_tokens"][0][0]
     assert sums["num_accepted_tokens"] == sum(drafts)
     assert 0 < sums["num_drafts"] < 40
+    (histogram,) = last["acceptance_histogram"]
+    assert len(histogram) == 1 + 4  # as many as the drafter guesses, and none
+    assert sum(histogram) == sums["num_drafts"]
+    accepted = sum(number * count for number, count in enumerate(histogram))
+    assert accepted == sums["num_accepted_tokens"]
     assert last["num_input_tokens"] == [len(PROMPT)]
     assert last["finish_reason"] == [b"length"]
     assert last["stop_reason"] == [b""]
