@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from fastapi import FastAPI
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from tandem_client import TLS, AsyncClient, TandemClientError
+from tandem_client import TLS, AsyncClient, Options, TandemClientError
 from tandem_client.version import VERSION
 from tandem_gateway.auth import Keys
 from tandem_gateway.bodies import Bodies
@@ -46,6 +46,8 @@ from tandem_gateway.schema import (
 from tandem_gateway.security import PAGE, PAGE_POLICY, SecurityHeaders
 from tandem_gateway.streaming import events
 from tandem_gateway.tokenization import Tokenization
+from tandem_gateway.tools.messages import for_template
+from tandem_gateway.tools.plan import Parsers, plan_of
 from tandem_options import OptionError, UnknownNames
 
 _POLL_SECONDS = 0.1
@@ -66,6 +68,7 @@ def create_app(
     limits: Limits | None = None,
     strict: bool = False,
     any_model: bool = False,
+    parsers: Parsers | None = None,
 ) -> FastAPI:
     """The application. Limits of connections are `make_server`'s.
 
@@ -80,6 +83,7 @@ def create_app(
         limits: what is over them is refused.
         strict: whether fields that nobody knows are refused, and not just ignored.
         any_model: whether the one model there is answers to every name.
+        parsers: of tool calls and reasoning.
     """
     limits = limits or Limits()
     offered = Models(AsyncClient(url, tls=tls), models, any_name=any_model)
@@ -101,7 +105,9 @@ def create_app(
     )
     app.state.metrics, app.state.limits = metrics, limits
     app.router.route_class = json_route(limits.max_json_values)
-    gateway = _Gateway(offered, metrics, Generator(limits, rates, metrics), strict)
+    gateway = _Gateway(
+        offered, metrics, Generator(limits, rates, metrics), strict, parsers or Parsers()
+    )
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
     app.add_api_route("/v1/responses", gateway.respond, methods=["POST"])
@@ -173,8 +179,14 @@ class _Gateway:
     """The routes."""
 
     def __init__(
-        self, models: Models, metrics: Metrics, generator: Generator, strict: bool
+        self,
+        models: Models,
+        metrics: Metrics,
+        generator: Generator,
+        strict: bool,
+        parsers: Parsers,
     ) -> None:
+        self._parsers = parsers
         self._models = models
         self._strict = strict
         self._metrics = metrics
@@ -260,6 +272,12 @@ class _Gateway:
         """What writes the answer, what comes from the server, and the answer's headers."""
         client = await self._models.find(request.model)
         options, prompts, unknown = request.options(), request.prompts, request.reading.unknown
+        plan = None
+        if isinstance(request, ChatCompletionRequest):
+            template = (await self._models.describe(request.model)).chat_template or ""
+            prompts = [for_template(request.messages, template)]
+            plan = plan_of(request, template, self._parsers)
+            options |= cast("Options", plan.options if plan else {})
         if self._strict and unknown:
             message = f"{unknown[0]}: there is no such field, and the gateway was told to be strict"
             raise APIError(400, message, "unknown_field", unknown[0])
@@ -270,6 +288,7 @@ class _Gateway:
             options.get("logprobs"),
             request_id=options.get("request_id"),
             with_token_ids=options.get("return_token_ids", False),
+            plan=plan,
         )
         options["request_id"] = writer.id
         traceparent = http.headers.get("traceparent", "")

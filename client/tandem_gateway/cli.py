@@ -18,6 +18,8 @@ from tandem_gateway.auth import read_keys
 from tandem_gateway.limits import Limits
 from tandem_gateway.log import log_to_stderr
 from tandem_gateway.server import make_server
+from tandem_gateway.tools.formats import REASONING_FORMATS, TOOL_FORMATS
+from tandem_gateway.tools.plan import NONE, Parsers
 
 _EXAMPLES = """examples:
   tandem-gateway                                     then open http://127.0.0.1:9000/
@@ -74,6 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="answer to every model name, where there is one model",
     )
+    parser.add_argument(
+        "--tool-call-parser",
+        choices=[*TOOL_FORMATS, NONE],
+        default="",
+        help="how models call tools (as their chat template says)",
+    )
+    parser.add_argument(
+        "--reasoning-parser",
+        choices=[*REASONING_FORMATS, NONE],
+        default="",
+        help="how models mark what they think (as their chat template says)",
+    )
     _add_limits(parser)
     parsed = vars(namespace := parser.parse_args(arguments))
     try:
@@ -92,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limits=limits,
         strict=parsed["strict"],
         any_model=parsed["any_model"],
+        parsers=Parsers(parsed["tool_call_parser"], parsed["reasoning_parser"]),
     )
     host, port = parsed["host"], parsed["port"]
     print(f"serving http://{host}:{port}/ until Ctrl-C", file=sys.stderr)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tandem_client import Chunk
+from tandem_gateway.tools.message import Message
+from tandem_gateway.tools.plan import Plan
 
 Kind = Literal["chat.completion", "text_completion"]
 
@@ -114,6 +116,7 @@ class Writer:
         *,
         request_id: str | None = None,
         with_token_ids: bool = False,
+        plan: Plan | None = None,
     ) -> None:
         """Starts an answer.
 
@@ -121,7 +124,10 @@ class Writer:
             num_top: how many of the likeliest tokens to report; None for no log probabilities.
             request_id: what the id ends with; drawn when None.
             with_token_ids: whether to report tokens by their ids.
+            plan: how a chat's texts are read, if they hold more than content.
         """
+        self._plan = plan
+        self._messages: dict[int, Message] = {}  # by choice
         self._num_top = num_top
         self._with_token_ids = with_token_ids
         self._offsets: Counter[int] = Counter()  # characters so far, by choice
@@ -134,20 +140,19 @@ class Writer:
             "created": int(time.time()),
             "model": model,
         }
-        self._begun: set[int] = set()
 
     def chunk(self, index: int, chunk: Chunk) -> dict[str, Any]:
         """The object of a stream for one chunk of choice `index`."""
         choice: dict[str, Any] = {"index": index, "finish_reason": chunk.finish_reason}
         if self._is_chat:
-            choice["delta"] = {"content": chunk.text}
-            if index not in self._begun:
-                choice["delta"]["role"] = "assistant"
-                self._begun.add(index)
+            message = self._message(index)
+            choice["delta"] = message.delta(chunk.text, chunk.finish_reason)
+            choice["finish_reason"] = message.finish_reason
         else:
             choice["text"] = chunk.text
         choice["logprobs"] = self._logprobs(index, [chunk])
-        choice["accepted_text_length"] = chunk.accepted_text_length
+        if self._plan is None:
+            choice["accepted_text_length"] = chunk.accepted_text_length
         if self._with_token_ids:
             choice["token_ids"] = list(chunk.token_ids)
         return self._stream_head() | {"choices": [choice]}
@@ -169,13 +174,18 @@ class Writer:
                 "logprobs": self._logprobs(index, chunks),
             }
             if self._is_chat:
-                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+                message = self._message(index)
+                choice["message"] = message.whole(text, chunks[-1].finish_reason)
+                choice["finish_reason"] = message.finish_reason
             else:
                 choice["text"] = text
             if self._with_token_ids:
                 choice["token_ids"] = [each for chunk in chunks for each in chunk.token_ids]
             choices.append(choice)
         return self._head | {"choices": choices, "usage": usage.to_json()} | usage.metrics()
+
+    def _message(self, index: int) -> Message:
+        return self._messages.setdefault(index, Message(self._plan))
 
     def _stream_head(self) -> dict[str, Any]:
         return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})

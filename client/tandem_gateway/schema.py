@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -58,6 +58,19 @@ class ResponseFormat(_Body):
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JSONSchema | None = None
+
+
+class FunctionName(BaseModel):
+    """A function that has to be called."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """A tool that has to be used."""
+
+    type: Literal["function"] = "function"
+    function: FunctionName
 
 
 class Request(_Body, ABC):
@@ -132,8 +145,20 @@ class ChatCompletionRequest(Request):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Values[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    # OpenAI's older names.
+    functions: Values[dict[str, Any]] | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+
+    @model_validator(mode="after")
+    def _with_tools(self) -> Self:
+        if self.functions and not self.tools:
+            self.tools = [{"type": "function", "function": each} for each in self.functions]
+        if self.tool_choice is None:
+            call = self.function_call
+            self.tool_choice = NamedTool(function=call) if isinstance(call, FunctionName) else call
+        return self
 
     def options(self) -> Options:
         """The options that the server knows."""
@@ -149,12 +174,10 @@ class ChatCompletionRequest(Request):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The conversation; parts of text in a message are joined, as templates want them."""
+        """The conversation."""
         if not self.messages:
             raise OptionError("messages", "must hold at least one message, got []")
-        return [
-            [{**message, "content": _text(message.get("content"))} for message in self.messages]
-        ]
+        return [self.messages]
 
 
 class CompletionRequest(Request):
@@ -197,12 +220,3 @@ def _check_prompt(prompt: str | list[int]) -> None:
                 "prompt",
                 f"must hold token ids from 0 to {_MAX_TOKEN_ID - 1}, got {shorten(repr(token_id))}",
             )
-
-
-def _text(content: Any) -> Any:
-    if not isinstance(content, list):
-        return content
-    parts = [part for part in content if isinstance(part, dict)]
-    if len(parts) < len(content) or any(part.get("type") != "text" for part in parts):
-        raise OptionError("messages", "must have parts of type 'text' only")
-    return "".join(str(part.get("text", "")) for part in parts)

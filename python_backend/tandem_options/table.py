@@ -111,6 +111,8 @@ _HONOURED = (
     Option("add_special_tokens", "V", "bool"),
     Option("add_generation_prompt", "V", "bool"),
     Option("continue_final_message", "V", "bool"),
+    Option("chat_template_kwargs", "V", "object"),
+    Option("reasoning_effort", "V O", "str"),
     # What comes back.
     Option("stream", "V L", "bool"),
     Option("logprobs", "V", "int"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -107,9 +108,10 @@ def render(messages: Any, tools: Any, tokenizer: Any, options: PromptOptions) ->
             "messages must be a list of one or more objects with role and content, got "
             + shorten(messages)
         )
+    told = _told(options, tokenizer)
     try:
         text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, **_ending(options)
+            messages, tools=tools, tokenize=False, **_ending(options), **told
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise InvalidRequestError(
@@ -127,6 +129,19 @@ def _ending(options: PromptOptions) -> dict[str, bool]:
         "continue_final_message": goes_on,
         "add_generation_prompt": not goes_on if begins is None else begins,
     }
+
+
+def _told(options: PromptOptions, tokenizer: Any) -> dict[str, Any]:
+    """What the template is told beside the messages: its own variables, nothing of the call."""
+    told = {str(name): value for name, value in options.chat_template_kwargs.items()}
+    if options.reasoning_effort is not None:
+        told.setdefault("reasoning_effort", options.reasoning_effort)
+    taken = set(signature(tokenizer.apply_chat_template).parameters) | {"messages"}
+    if wrong := sorted(taken & set(told)):
+        raise InvalidRequestError(
+            f"chat_template_kwargs can't set {wrong[0]}: only what the chat template itself reads"
+        )
+    return told
 
 
 def read_tensor(tensor: Any) -> Any:

@@ -45,6 +45,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         refusal: what is answered to every prompt, if anything.
         models: their backends by name.
         chat_models: those that have a chat template.
+        template: theirs.
+        text: what is answered to messages instead of themselves, in pieces of three letters.
         dead_models: those whose process is dead.
         keeps_models_secret: whether it lets nobody ask which there are.
         asked: the models that prompts were for.
@@ -54,6 +56,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self) -> None:
         self.models = {"tandem": "tandem"}
         self.chat_models: set[str] = set()
+        self.template = "{{ messages }}"
+        self.text = ""
         self.dead_models: set[str] = set()
         self.keeps_models_secret = False
         self.asked: list[str] = []
@@ -148,7 +152,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def _description(self, model: str) -> dict[str, Any]:
         return {
-            "chat_template": "{{ messages }}" if model in self.chat_models else None,
+            "chat_template": self.template if model in self.chat_models else None,
             "max_model_len": 2048,
             "vocab_size": 256,
             "dtype": "float32",
@@ -162,7 +166,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         inputs = {tensor.name: tensor.contents for tensor in request.inputs}
         self.options = json.loads(inputs["sampling_parameters"].bytes_contents[0])
         prompt = (inputs.get("text_input") or inputs["messages"]).bytes_contents[0].decode()
-        left = -1 if prompt == "..." else len(words := prompt.split(" "))
+        self.prompt = prompt
+        words = prompt.split(" ")
+        if self.text and "messages" in inputs:
+            words = [self.text[n : n + 3] for n in range(0, len(self.text), 3)]
+        left = -1 if prompt == "..." else len(words)
         while left:
             await asyncio.sleep(self.seconds)
             if self.state in ("dead", "stopped"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import tandem_options
@@ -26,12 +26,16 @@ class PromptOptions:
         add_generation_prompt: whether a conversation ends with the beginning of an answer; by
             default, unless its last message goes on.
         continue_final_message: whether it does.
+        chat_template_kwargs: what the chat template is told beside the messages.
+        reasoning_effort: the same, by OpenAI's name.
     """
 
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_effort: str | None = None
 
     def __post_init__(self) -> None:
         kept = self.truncate_prompt_tokens
