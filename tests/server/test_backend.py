@@ -241,12 +241,11 @@ def test_a_cancelled_stream_leaves_the_others_alone(server: TritonServer, engine
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"max_token": 3}, "max_token"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "many"}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
         ({"top_k": 2.5}, "top_k"),
         ({"seed": 2**64}, "seed"),
         ({"drafter": "eagle"}, "eagle"),

@@ -154,11 +154,10 @@ class OutputText:
         return text.translate(self._unseen) if self._unseen else text
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string, but isn't one."""
+        """Length of the longest end of `text` that begins a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
-            end = text[-length:]
-            if any(len(stop) > length and stop.startswith(end) for stop in self._stops):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0
 
