@@ -157,13 +157,17 @@ def test_what_a_model_thinks_is_told_apart(upstream: FakeTriton) -> None:
 def test_a_forced_call_is_a_guide(upstream: FakeTriton, url: str) -> None:
     upstream.text = '{"city": "Rome"}'
     assert chat(url, tool_choice=NAMED).status_code == 200
-    assert upstream.options["structured_outputs"] == {"json": CITY}
+    closed = CITY | {"additionalProperties": False}
+    assert upstream.options["structured_outputs"] == {"json": closed}
     upstream.text = "[]"
     assert chat(url, tool_choice="required", parallel_tool_calls=False).status_code == 200
     schema = upstream.options["structured_outputs"]["json"]
     assert schema["minItems"] == schema["maxItems"] == 1
     names = [each["properties"]["name"]["const"] for each in schema["items"]["anyOf"]]
     assert names == ["weather", "now"]
+    arguments = [each["properties"]["arguments"] for each in schema["items"]["anyOf"]]
+    assert arguments[0] == closed
+    assert arguments[1] == {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from tandem_gateway.tools.whole_calls import Schemas
 from tandem_options import OptionError
 
 NONE = "none"
-_ANYTHING: dict[str, Any] = {"type": "object"}
+# Of a function that names no parameters.
+_NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def plan_of(request: ChatCompletionRequest, template: str, parsers: Parsers) -> 
         if name not in schemas:
             known = ", ".join(schemas)
             raise OptionError("tool_choice", f"must be one of {known}, got {shorten(repr(name))}")
-        return Plan({"named": name}, _guide(request, schemas[name]))
+        return Plan({"named": name}, _guide(request, _closed(schemas[name])))
     if schemas and choice == "required":
         read = {"calls": FORCED, "schemas": schemas}
         return Plan(read, _guide(request, _calls_schema(schemas, one=one)))
@@ -117,7 +118,7 @@ def _schemas(request: ChatCompletionRequest) -> Schemas:
                 + shorten(repr(tool)),
             )
         assert isinstance(function, dict)
-        found[name] = function.get("parameters") or _ANYTHING
+        found[name] = function.get("parameters") or _NOTHING
     return found
 
 
@@ -136,7 +137,7 @@ def _calls_schema(schemas: Schemas, *, one: bool) -> dict[str, Any]:
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "arguments": parameters},
+            "properties": {"name": {"const": name}, "arguments": _closed(parameters)},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
@@ -144,6 +145,16 @@ def _calls_schema(schemas: Schemas, *, one: bool) -> dict[str, Any]:
     ]
     number = {"minItems": 1} | ({"maxItems": 1} if one else {})
     return {"type": "array", "items": {"anyOf": calls}, **number}
+
+
+def _closed(schema: Any) -> Any:
+    """The schema without parameters that it doesn't name: a function would not know them."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(each) for name, each in schema.items()}
+    return {"additionalProperties": False} | closed if "properties" in closed else closed
 
 
 def _begins_thinking(template: str, reasoning: ReasoningFormat) -> bool:
