@@ -362,3 +362,9 @@ def test_stats_say_why_speculation_gains_little(capsys: pytest.CaptureFixture[st
     series["synthetic_acceptance", ()] = 1.0
     Console(width=200).print(render(compare(Sample(0.0, {}), Sample(1.0, series))))
     assert "Drafts are accepted by coin" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("token_id", [99999999999, -(2**31) - 1])
+def test_token_ids_that_fit_no_tensor_are_refused(token_id: int) -> None:
+    with pytest.raises(RequestError, match="token ids must be 32-bit numbers"):
+        make_request("tandem", [5, token_id], stream=False, options={})
