@@ -84,7 +84,7 @@ CLIENTS = (
     _program("haystack", "haystack-ai"),
     _program("smolagents", "smolagents[openai,litellm]"),
     _program("dspy"),
-    _program("lm-eval", "lm-eval[api]"),
+    _program("lm-eval", "lm-eval[api]", "transformers"),
     _program("tritonclient", "tritonclient[all]", file="triton_client"),
     Client(
         "aiperf",
@@ -143,8 +143,9 @@ CLIENTS = (
         (
             *(str(TRITON / "bin" / "perf_analyzer"), "-m", MODEL, "-u", "{grpc}", "-i", "grpc"),
             *("--streaming", "--request-count", "8"),
+            *("--input-data", str(PROGRAMS / "perf_analyzer.json")),
         ),
-        "texts over gRPC, without data of its own",
+        "8 texts that are streamed over gRPC",
         "Throughput: ",
     ),
     Client(

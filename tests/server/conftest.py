@@ -22,7 +22,7 @@ from tiny_models import save_verifier
 CHAT_TEMPLATE = (
     "{% if tools %}tools: {% for tool in tools %}{{ tool.name }}{% endfor %}{% endif %}"
     "{% for message in messages %}"
-    "{% if message.role not in ['system', 'user', 'assistant'] %}"
+    "{% if message.role not in ['system', 'user', 'assistant', 'tool'] %}"
     "{{ raise_exception('no such role: ' + message.role) }}{% endif %}"
     "<turn>{{ message.role }}:{{ message.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<turn>assistant:{% endif %}"
