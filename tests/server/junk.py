@@ -374,7 +374,12 @@ _FIELDS: dict[str, Values] = {
     ),
     "messages": MESSAGES,
     "tools": st.lists(st.dictionaries(TEXTS, JSON_VALUES, max_size=2), max_size=2),
-    "tool_choice": st.sampled_from(["none", "auto", "required"]),
+    "tool_choice": st.one_of(
+        st.sampled_from(["none", "auto", "required"]),
+        TEXTS.map(lambda name: {"type": "function", "function": {"name": name}}),
+    ),
+    "functions": st.lists(st.dictionaries(TEXTS, JSON_VALUES, max_size=2), max_size=2),
+    "function_call": st.sampled_from(["none", "auto", {"name": "f"}]),
     "top_logprobs": st.integers(0, 20),
     "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
     "response_format": st.one_of(
