@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from tandem_client import AsyncClient, Prompt
 from tandem_gateway.errors import APIError
 from tandem_gateway.models import Models
-from tandem_gateway.schema import ChatCompletionRequest, Values
+from tandem_gateway.schema import Values
+from tandem_gateway.tools.messages import for_template
 
 
 class TokenizeRequest(BaseModel):
@@ -50,10 +51,12 @@ class Tokenization:
         client = await self._find(request.model)
         names = ("tools", "add_special_tokens", "add_generation_prompt", "return_token_strs")
         options: Any = {name: getattr(request, name) for name in names}
-        tokens = await client.tokenize(_prompt(request), **options)
+        description = await self._models.describe(client.model)
+        prompt = _prompt(request, description.chat_template or "")
+        tokens = await client.tokenize(prompt, **options)
         return {
             "count": len(tokens.ids),
-            "max_model_len": (await self._models.describe(client.model)).max_model_len,
+            "max_model_len": description.max_model_len,
             "tokens": tokens.ids,
             "token_strs": tokens.texts,
         }
@@ -74,13 +77,9 @@ class Tokenization:
         return next(iter(clients.values()))
 
 
-def _prompt(request: TokenizeRequest) -> Prompt:
+def _prompt(request: TokenizeRequest, template: str) -> Prompt:
     if (request.prompt is None) == (request.messages is None):
         raise APIError(400, "give exactly one of prompt and messages", "invalid_value", "prompt")
     if request.prompt is not None:
         return request.prompt
-    try:
-        chat = ChatCompletionRequest(model="", messages=request.messages or [])
-        return chat.prompts[0]
-    except ValueError as error:
-        raise APIError(400, str(error), "invalid_value", "messages") from error
+    return for_template(request.messages or [], template)

@@ -74,6 +74,12 @@ def test_detokenize_answers_as_vllm_does(url: str) -> None:
     [
         ("/tokenize", {}, 400, "give exactly one of prompt and messages"),
         ("/tokenize", {"prompt": "a", "messages": []}, 400, "give exactly one of prompt and mess"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.0 must have parts of text only",
+        ),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "the model 'other' does not exist"),
         ("/detokenize", {"tokens": ["x"]}, 400, "tokens.0: "),
         ("/detokenize", {"tokens": [1], "model": "other"}, 404, "the model 'other' does not exist"),
