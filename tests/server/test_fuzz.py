@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
 from junk import GATEWAY_MODEL, LETTERS, Letter
+from running_gateway import running_gateway
 from stream import TIMEOUT, Stream, wait_until
 from tandem import Engine
 from tandem_client.protocol import refusal
 from tandem_runtime.server import TritonServer
 from tensors import COMMON, PROMPT, offline
 from test_faults import is_idle, stub_bytes
-from test_gateway import gateway
 
 NUM_REQUESTS = int(os.environ.get("TANDEM_FUZZ_REQUESTS", "300"))
 # Between good ones.
@@ -168,7 +168,7 @@ def _draw(
 
 @contextmanager
 def _doors(server: TritonServer) -> Iterator[Doors]:
-    with gateway(server, GATEWAY_MODEL) as url:
+    with running_gateway(server, "--model", GATEWAY_MODEL) as url:
         doors = Doors(server, url)
         try:
             yield doors

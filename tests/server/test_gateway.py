@@ -6,13 +6,8 @@ import asyncio
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
 from http_process import post_from_a_process
+from running_gateway import running_gateway
 from stream import TIMEOUT, metric, wait_until
 from tandem import Engine, SamplingParams
 from tandem_runtime import demo
@@ -41,44 +37,19 @@ QUESTION = "The planets of the solar system are"
 SCREENSHOT = ROOT / "docs" / "chat.png"
 
 
-@contextmanager
-def gateway(server: TritonServer, model: str, *options: str, keys: str = "") -> Iterator[str]:
-    """One that offers a model, or all of the server's when that has no name."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
-    command = [sys.executable, "-m", "tandem_gateway.cli", "--url", server.grpc_url]
-    process = subprocess.Popen(
-        [*command, *(["--model", model] if model else []), "--port", str(port), *options],
-        env={**os.environ, **({"TANDEM_API_KEYS": keys} if keys else {})},
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: is_up(url))
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) in (0, -signal.SIGINT, 130)
-
-
-def is_up(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/health", timeout=1).status_code == 200
-    except requests.ConnectionError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def url(server: TritonServer) -> Iterator[str]:
     """A gateway with a key; its model has no chat template."""
-    with gateway(server, "tandem", "--max-body-bytes", "100000", keys=f"other,{KEY}") as url:
+    with running_gateway(
+        server, "--model", "tandem", "--max-body-bytes", "100000", keys=f"other,{KEY}"
+    ) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def chat_url(server: TritonServer) -> Iterator[str]:
     """A gateway without keys; its model has a chat template."""
-    with gateway(server, "short_queue") as url:
+    with running_gateway(server, "--model", "short_queue") as url:
         yield url
 
 
@@ -390,7 +361,7 @@ def test_the_chat_page(find_tool: Callable[[str], str]) -> None:
     service = webdriver.ChromeService(find_tool("chromedriver"))
     with (
         TritonServer(ROOT / "model_repository", extra_args=[ONE_BY_ONE]) as server,
-        gateway(server, "") as url,
+        running_gateway(server) as url,
         webdriver.Chrome(options=options, service=service) as browser,
     ):
         browser.get(url)
@@ -426,7 +397,10 @@ def send_on_page(browser: webdriver.Chrome, text: str) -> WebElement:
 @pytest.mark.slow
 def test_streams_end_when_the_models_process_is_killed(private_repository: Path) -> None:
     """Within five seconds; Triton itself leaves them open and says that it is ready."""
-    with TritonServer(private_repository) as server, gateway(server, "tandem") as url:
+    with (
+        TritonServer(private_repository) as server,
+        running_gateway(server, "--model", "tandem") as url,
+    ):
         body = {"model": "tandem", "prompt": "x", "max_tokens": 15000, "ignore_eos": True}
         with requests.post(
             f"{url}/v1/completions", json={**body, "stream": True}, stream=True, timeout=TIMEOUT
