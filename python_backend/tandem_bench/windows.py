@@ -92,7 +92,7 @@ def run(settings: Settings) -> None:
 @contextmanager
 def without_windows() -> Iterator[None]:
     """Engines that load meanwhile keep all K/V of all layers."""
-    with patch("tandem.models.loading.windows_of", lambda *_: [None]):
+    with patch("tandem.cache.room.windows_of", lambda *_: [None]):
         yield
 
 
