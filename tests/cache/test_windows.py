@@ -209,7 +209,7 @@ def test_a_window_group_that_runs_out_preempts_too(
     """By itself it has blocks for all that may run."""
     expected = plain(engines("gemma-3"), REQUESTS)
     groups = [LayerGroup(None, 2048), LayerGroup(WINDOW, 3 * MOST)]
-    monkeypatch.setattr("tandem.models.loading.plan_groups", lambda *_: groups)
+    monkeypatch.setattr("tandem.cache.room.plan_groups", lambda *_: groups)
     engine = make("gemma-3")
     sequences = send(engine, *REQUESTS)
     assert engine.load.num_preemptions > 0
