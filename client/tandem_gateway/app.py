@@ -111,7 +111,7 @@ def create_app(
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
     app.add_api_route("/v1/responses", gateway.respond, methods=["POST"])
-    tokenization = Tokenization(offered)
+    tokenization = Tokenization(offered, limits.stream_idle_seconds)
     app.add_api_route("/tokenize", tokenization.tokenize, methods=["POST"])
     app.add_api_route("/detokenize", tokenization.detokenize, methods=["POST"])
     reading: dict[str, Callable[..., Awaitable[Any]]] = {
@@ -144,7 +144,7 @@ def create_app(
             allow_origins=list(allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "x-tandem-ignored", "retry-after"],
         )
     app.add_middleware(SecurityHeaders)
     for kind in (
@@ -261,9 +261,9 @@ class _Gateway:
             # The first chunk decides on the status.
             first = await _unless_gone(anext(chunks), http)
             wanted = request.stream_options or StreamOptions()
-            stream = events(writer, first, chunks, request.n, wanted)
+            stream = events(writer, first, chunks, request.num_answers, wanted)
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        answers, usage = await _unless_gone(collect(chunks, request.n), http)
+        answers, usage = await _unless_gone(collect(chunks, request.num_answers), http)
         return JSONResponse(writer.whole(answers, usage), headers=headers)
 
     async def _start(
@@ -294,7 +294,7 @@ class _Gateway:
         traceparent = http.headers.get("traceparent", "")
         options["traceparent"] = traceparent if _TRACEPARENT.fullmatch(traceparent) else ""
         payer = Payer(http.scope[KEY], http.scope[OWNER])
-        chunks = self._generator.chunks(client, prompts, options, request.n, payer)
+        chunks = self._generator.chunks(client, prompts, options, request.num_answers, payer)
         return writer, chunks, {"x-request-id": writer.id} | _ignored(unknown)
 
 

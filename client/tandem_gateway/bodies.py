@@ -8,7 +8,7 @@ import zlib
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tandem_gateway.errors import APIError, shorten
-from tandem_gateway.guard import too_large
+from tandem_gateway.guard import is_api, too_large
 from tandem_gateway.limits import Limits
 from tandem_gateway.metrics import Metrics
 
@@ -33,7 +33,7 @@ class Bodies:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or not is_api(scope):
             await self._app(scope, receive, send)
             return
         held = _Held(self)

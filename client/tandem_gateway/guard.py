@@ -17,6 +17,12 @@ OWNER = "tandem.owner"
 _API = ("/v1", "/tokenize", "/detokenize")
 
 
+def is_api(scope: Scope) -> bool:
+    """Whether a request is for the API; others have no body that is read."""
+    path: str = scope["path"]
+    return path.startswith(_API)
+
+
 class Guard:
     """Lets requests in that have a key, plain framing, and a rate that isn't used up."""
 
@@ -34,15 +40,14 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_api = scope["path"].startswith(_API)
-        counted = self._counted(scope, send) if is_api else send
+        counted = self._counted(scope, send) if is_api(scope) else send
         try:
             headers = dict(scope["headers"])
             _check_framing(headers)
-            if is_api or scope["path"] == "/metrics":
+            if is_api(scope) or scope["path"] == "/metrics":
                 self._identify(scope, headers.get(b"authorization", b""))
             self._check_length(int(headers.get(b"content-length", 0)))
-            if is_api:
+            if is_api(scope):
                 self._rates.admit(scope[OWNER])
         except APIError as error:
             self._metrics.refused(error.code or str(error.status))

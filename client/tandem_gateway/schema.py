@@ -18,6 +18,7 @@ _T = TypeVar("_T")
 Values = Annotated[list[_T], Field(fail_fast=True)]
 # "As many as there is room for": the server ends a sequence at its max_model_len.
 _NO_LIMIT = 2**31 - 1
+_MAX_ANSWERS = 64
 _MAX_TOKEN_ID = 2**31
 _SMALLEST_NUCLEUS = 1e-6
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -84,7 +85,7 @@ class Request(_Body, ABC):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=64)] = 1
+    n: Annotated[int, Field(ge=1, le=_MAX_ANSWERS)] = 1
     response_format: ResponseFormat | None = None
     # Requests with the same key go to the same server.
     prompt_cache_key: str | None = None
@@ -96,7 +97,9 @@ class Request(_Body, ABC):
         Raises:
             OptionError: a value can't be read, or asks for what can't be done.
         """
-        sent = {"n": self.n, **(self.model_extra or {})}
+        sent = dict(self.model_extra or {})
+        if "n" in self.model_fields_set:
+            sent["n"] = self.n
         # Of OpenAI's two names the newer one wins.
         newer = {name: sent[name] for name in ("max_completion_tokens",) if name in sent}
         reading = read(newer, sent)
@@ -105,6 +108,18 @@ class Request(_Body, ABC):
         if "top_p" not in reading.values and "top_p" in sent:
             reading.values["top_p"] = _SMALLEST_NUCLEUS
         return reading
+
+    @property
+    def num_answers(self) -> int:
+        """To each prompt.
+
+        Raises:
+            OptionError: too many, or none.
+        """
+        number: int = self.reading.values.get("n", 1)
+        if not 1 <= number <= _MAX_ANSWERS:
+            raise OptionError("n", f"must be from 1 to {_MAX_ANSWERS}, got {number}")
+        return number
 
     def options(self) -> Options:
         """The options that the server knows.
@@ -171,6 +186,13 @@ class ChatCompletionRequest(Request):
         if self.tools and self.tool_choice != "none":
             options["tools"] = self.tools
         return options
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the prompt ends with the beginning of an answer."""
+        values = self.reading.values
+        goes_on = values.get("continue_final_message", False)
+        return bool(values.get("add_generation_prompt", not goes_on))
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,6 +13,8 @@ from tandem_gateway.errors import APIError
 from tandem_gateway.models import Models
 from tandem_gateway.schema import Values
 from tandem_gateway.tools.messages import for_template
+
+_T = TypeVar("_T")
 
 
 class TokenizeRequest(BaseModel):
@@ -41,10 +45,12 @@ class Tokenization:
 
     Args:
         models: those that there are.
+        seconds: how long a model may take to answer.
     """
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, seconds: float) -> None:
         self._models = models
+        self._seconds = seconds
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """`POST /tokenize`."""
@@ -53,7 +59,7 @@ class Tokenization:
         options: Any = {name: getattr(request, name) for name in names}
         description = await self._models.describe(client.model)
         prompt = _prompt(request, description.chat_template or "")
-        tokens = await client.tokenize(prompt, **options)
+        tokens = await self._in_time(client.tokenize(prompt, **options))
         return {
             "count": len(tokens.ids),
             "max_model_len": description.max_model_len,
@@ -64,7 +70,17 @@ class Tokenization:
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, str]:
         """`POST /detokenize`."""
         client = await self._find(request.model)
-        return {"prompt": await client.detokenize(request.tokens) if request.tokens else ""}
+        if not request.tokens:
+            return {"prompt": ""}
+        return {"prompt": await self._in_time(client.detokenize(request.tokens))}
+
+    async def _in_time(self, answer: Awaitable[_T]) -> _T:
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await answer
+        except TimeoutError:
+            message = f"nothing came from the model for {self._seconds:g} s"
+            raise APIError(504, message, "timeout") from None
 
     async def _find(self, name: str | None) -> AsyncClient:
         """A model, which needs no name where it is the only one."""

@@ -16,20 +16,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import uvicorn
 from rich.console import Console
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import StreamingResponse
-from starlette.routing import Route
 
+from tandem_bench.recorder import Recorder
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import TritonServer
 from tandem_runtime.triton import TRITON
@@ -261,66 +257,16 @@ def _run(client: Client, values: dict[str, str]) -> list[str]:
         )
         said, is_right = done.stdout + done.stderr, done.returncode == 0
     except subprocess.TimeoutExpired as error:
-        said, is_right = str(error.stdout or b"") + f"\nnot done after {_SECONDS} s", False
+        said, is_right = (error.stdout or b"").decode() + f"\nnot done after {_SECONDS} s", False
     (scratch / f"{_folder(client)}.log").write_text(said)
     if is_right and re.search(client.proof, said):
-        what = client.what or done.stdout.strip().splitlines()[-1]
+        what = client.what or done.stdout.strip().rpartition("\n")[2]
         return [client.name, _version(client), what, "ok"]
     failure = " ".join(said[-300:].replace("|", " ").split())
     return [client.name, _version(client), client.what, f"failed: {failure}"]
 
 
 # --- the server, and what is sent to it
-
-
-class Recorder:
-    """Stands before the gateway, and notes what comes."""
-
-    def __init__(self, gateway: str) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self._gateway = gateway
-        self._client = httpx.AsyncClient(base_url=gateway, timeout=_SECONDS)
-        route = Route("/{path:path}", self._pass_on, methods=["GET", "POST", "HEAD", "OPTIONS"])
-        self.app = Starlette(routes=[route])
-
-    async def _pass_on(self, request: Request) -> StreamingResponse:
-        body = await request.body()
-        noted: dict[str, Any] = {"method": request.method, "path": request.url.path}
-        if body:
-            noted["body"] = json.loads(body)
-        if _shape(noted) not in map(_shape, self.requests):
-            self.requests.append(noted)
-        headers = {k: v for k, v in request.headers.items() if k not in ("host", "content-length")}
-        sent = self._client.build_request(
-            request.method, request.url.path, content=body, headers=headers
-        )
-        answer = await self._client.send(sent, stream=True)
-
-        async def pieces() -> AsyncIterator[bytes]:
-            try:
-                async for piece in answer.aiter_raw():
-                    yield piece
-            finally:
-                await answer.aclose()
-
-        kept = {k: v for k, v in answer.headers.items() if k != "transfer-encoding"}
-        return StreamingResponse(pieces(), answer.status_code, kept)
-
-    def write(self, path: Path) -> None:
-        """Writes what has come, one request a line."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(each, ensure_ascii=False) for each in self.requests)
-        path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-
-
-def _shape(value: Any) -> Any:
-    """The same for requests that differ in their texts and numbers alone."""
-    if isinstance(value, dict):
-        kept = {name: value[name] for name in ("method", "path", "role", "type") if name in value}
-        return {name: _shape(each) for name, each in value.items()} | kept
-    if isinstance(value, list):
-        return [_shape(each) for each in value]
-    return value if value is None or isinstance(value, bool) else type(value).__name__
 
 
 @contextmanager
@@ -330,7 +276,7 @@ def serving() -> Iterator[tuple[dict[str, str], Recorder]]:
         ports = [_free_port() for _ in range(2)]
         command = [sys.executable, "-m", "tandem_gateway.cli", "--url", server.grpc_url]
         gateway = subprocess.Popen([*command, "--port", str(ports[0])])
-        recorder = Recorder(f"http://127.0.0.1:{ports[0]}")
+        recorder = Recorder(f"http://127.0.0.1:{ports[0]}", _SECONDS)
         config = uvicorn.Config(recorder.app, port=ports[1], log_level="warning")
         proxy = uvicorn.Server(config)
         thread = threading.Thread(target=asyncio.run, args=(proxy.serve(),), daemon=True)

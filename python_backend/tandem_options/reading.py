@@ -67,7 +67,9 @@ def _flat(sources: tuple[Mapping[str, Any], ...]) -> Iterator[tuple[str, dict[st
         yield "", given
         if nested is not None:
             inner = convert(_NESTED, nested, "object")
-            yield f"{_NESTED}.", {str(k): v for k, v in inner.items() if v is not None}
+            for name in inner:
+                convert(_NESTED, name, "str")  # half of a surrogate pair is no name
+            yield f"{_NESTED}.", {name: v for name, v in inner.items() if v is not None}
 
 
 def _known(source: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

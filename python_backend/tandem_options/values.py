@@ -46,6 +46,8 @@ def parse_json(name: str, text: str) -> dict[str, Any]:
     Raises:
         OptionError: it isn't JSON, not an object, or holds too much.
     """
+    if not isinstance(text, str):
+        raise OptionError(name, f"must be a string of JSON, got {shorten(text)}")
     check_json(name, text)
     try:
         value = json.loads(text)

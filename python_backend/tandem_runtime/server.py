@@ -123,9 +123,12 @@ class TritonServer:
         return self._started().pid
 
     def memory(self) -> dict[str, float]:
-        """Resident gigabytes of each model's process, by the model's name."""
+        """Resident gigabytes of each model's process, by the model's name; of those that run."""
         found: dict[str, float] = {}
-        for process in psutil.Process(self.pid).children(recursive=True):
+        children: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.pid).children(recursive=True)
+        for process in children:
             with suppress(psutil.NoSuchProcess):
                 program, *arguments = process.cmdline() or [""]
                 # `REPOSITORY/MODEL/VERSION/model.py` comes first.

@@ -6,10 +6,9 @@ import json
 from inspect import signature
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from tandem import InvalidRequestError
 from tandem.errors import shorten
+from tandem.requests.end_of_turn import REFUSALS
 from tandem.requests.limits import TextLimits
 from tandem.requests.options import PromptOptions
 
@@ -113,7 +112,10 @@ def render(messages: Any, tools: Any, tokenizer: Any, options: PromptOptions) ->
         text = tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, **_ending(options), **told
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        text.encode()  # half of a surrogate pair is no text
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"messages are not valid UTF-8: {error}") from error
+    except REFUSALS as error:
         raise InvalidRequestError(
             f"the chat template refuses these messages: {str(error)[:200]}"
         ) from error

@@ -27,11 +27,11 @@ from tandem.cuda.kernels import (
     attend_parts,
     gate,
     join_parts,
-    multiply,
     rms_norm,
     rotate,
     write_kv,
 )
+from tandem.cuda.product_kernels import multiply
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Query heads that share a KV head, and the size of a head: Llama and Qwen; Gemma 3; Gemma 4 E2B and

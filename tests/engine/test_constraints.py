@@ -176,6 +176,17 @@ def test_only_allowed_tokens_come(engines: Engines) -> None:
     assert sequence.finish_reason is FinishReason.LENGTH
 
 
+def test_something_must_be_allowed_before_the_end(engines: Engines) -> None:
+    engine = engines("llama", **WIDE)
+    for stops in (
+        {"allowed_token_ids": (1,)},
+        {"allowed_token_ids": (40,), "stop_token_ids": (40,)},
+    ):
+        engine.make_sequence([5], SamplingParams(**stops))
+        with pytest.raises(InvalidRequestError, match="nothing but tokens that end the text"):
+            engine.make_sequence([5], SamplingParams(min_tokens=3, **stops))
+
+
 def test_a_special_token_may_be_a_stop_string(engines: Engines) -> None:
     params = SamplingParams(max_tokens=30, logit_bias={4: 100.0}, stop=("<turn>",), temperature=0)
     sequence = generate(engines("llama", **WIDE), params)

@@ -64,6 +64,16 @@ def test_bodies_share_a_memory(url: str) -> None:
     assert ask(url, prompt="x" * 2 * MIB).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/ping", "/nothing"])
+def test_what_is_no_request_has_no_body(url: str, path: str) -> None:
+    """Nobody is asked for a key there, so nothing is read or unpacked either."""
+    with connect(url) as connection:
+        lines = (f"Content-Length: {2 * MIB}", "Content-Encoding: gzip")
+        connection.sendall(head(*lines, path=path) + b" " * MIB)
+        assert read_answer(connection).split(b" ")[1] in (b"200", b"404")
+        assert metric(url, "body_bytes") == 0
+
+
 def test_prompts_of_one_request_are_limited(url: str) -> None:
     assert ask(url, ["a"] * 10).status_code == 200
     answer = ask(url, ["a"] * 11)

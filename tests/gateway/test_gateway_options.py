@@ -56,6 +56,16 @@ NULLS = dict.fromkeys(
 )
 
 
+def test_several_answers_by_another_name(upstream: FakeTriton, url: str) -> None:
+    assert ask(url, num_return_sequences=3).status_code == 200
+    assert upstream.options["n"] == 3
+    assert ask(url, n=2, num_return_sequences=3).status_code == 200
+    assert upstream.options["n"] == 2
+    refused = ask(url, num_return_sequences=65)
+    assert refused.status_code == 400
+    assert error_of(refused)["message"] == "n must be from 1 to 64, got 65"
+
+
 def test_null_is_not_given(upstream: FakeTriton, url: str) -> None:
     assert ask(url, **NULLS).status_code == 200
     assert upstream.options == {}

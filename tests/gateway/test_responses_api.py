@@ -206,6 +206,8 @@ def test_tools_and_formats_become_a_chat_completion_s() -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id must not be given: nothing is"),
         ({"background": True}, "background must not be given"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0 must be one of message, fu"),
+        ({"input": [{"type": ["x"]}]}, "input.0 must be one of message, fu"),
+        ({"input": [{"role": "user", "content": [{"type": ["x"]}]}]}, "input.0 must be text only"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
             "input.0 must be text only, got 'input_image'",

@@ -171,6 +171,36 @@ def test_arguments_come_as_they_are_written() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama3_json", '{"name": {"first": "Ann"}, "age": 3}'),
+        ("hermes", '<tool_call>{"arguments": {}, "name": ["now"]}</tool_call>'),
+    ],
+)
+def test_an_object_with_another_name_is_content(name: str, text: str) -> None:
+    assert parsed(name, text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": "string"}, "5"),
+        ({"type": "integer"}, 5),
+        ({"type": ["string", "null"]}, "5"),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, 5),
+        ({}, "5"),
+    ],
+)
+def test_values_between_marks_have_the_schemas_type(schema: dict[str, Any], value: Any) -> None:
+    text = "<tool_call><function=f><parameter=x>5</parameter></function></tool_call>"
+    reader = AnswerReader(
+        calls=TOOL_FORMATS["qwen3_coder"], schemas={"f": {"properties": {"x": schema}}}
+    )
+    _, _, [(_, arguments)] = read(reader, text)
+    assert json.loads(arguments) == {"x": value}
+
+
 def test_only_so_many_calls() -> None:
     for name, text in SEVERAL:
         _, content, calls = read(reader_of(name, max_calls=1), text)

@@ -11,6 +11,7 @@ import requests
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from gateway_setup import KEY, FakeTriton, error_of, fake_triton, gateway, post
+from tandem.requests.check_guides import answer
 from tandem_gateway.schema import ChatCompletionRequest
 from tandem_gateway.tools.messages import for_template
 from tandem_gateway.tools.plan import Parsers, plan_of
@@ -51,9 +52,9 @@ def chat(url: str, **more: Any) -> requests.Response:
 
 def whole_and_streamed(url: str, **more: Any) -> list[dict[str, Any]]:
     """The message, and the same joined from a stream's deltas, with their reasons."""
-    answer = chat(url, **more)
-    assert answer.status_code == 200, answer.text
-    choice = ChatCompletion.model_validate(answer.json()).choices[0]
+    whole = chat(url, **more)
+    assert whole.status_code == 200, whole.text
+    choice = ChatCompletion.model_validate(whole.json()).choices[0]
     message = choice.message.model_dump(exclude_none=True, exclude={"refusal"})
     for call in message.get("tool_calls", ()):
         assert call.pop("id").startswith("call_")
@@ -157,17 +158,59 @@ def test_what_a_model_thinks_is_told_apart(upstream: FakeTriton) -> None:
 def test_a_forced_call_is_a_guide(upstream: FakeTriton, url: str) -> None:
     upstream.text = '{"city": "Rome"}'
     assert chat(url, tool_choice=NAMED).status_code == 200
-    closed = CITY | {"additionalProperties": False}
+    closed = {"additionalProperties": False} | CITY
     assert upstream.options["structured_outputs"] == {"json": closed}
     upstream.text = "[]"
+    assert chat(url, tool_choice="required").status_code == 200
+    grammar = upstream.options["structured_outputs"]["grammar"]
+    assert json.dumps(closed)[1:-1] in grammar
+    assert 'start: "[" call (", " call)* "]"' in grammar
     assert chat(url, tool_choice="required", parallel_tool_calls=False).status_code == 200
-    schema = upstream.options["structured_outputs"]["json"]
-    assert schema["minItems"] == schema["maxItems"] == 1
-    names = [each["properties"]["name"]["const"] for each in schema["items"]["anyOf"]]
-    assert names == ["weather", "now"]
-    arguments = [each["properties"]["arguments"] for each in schema["items"]["anyOf"]]
-    assert arguments[0] == closed
-    assert arguments[1] == {"type": "object", "properties": {}, "additionalProperties": False}
+    assert 'start: "[" call "]"' in upstream.options["structured_outputs"]["grammar"]
+
+
+REFERS = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/City"}, "properties": {"const": {"properties": 1}}},
+    "$defs": {"City": {"type": "object", "properties": {"name": {"type": "string"}}}},
+}
+PARTS = [{"type": "object", "properties": {name: {}}, "required": [name]} for name in "ab"]
+
+
+def test_any_schema_can_be_forced() -> None:
+    """What refers to itself, holds together with others, or has odd names in it."""
+    schemas = {"refers": REFERS, "combined": {"allOf": PARTS}, 'q"\\x ::= y': CITY}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name, parameters in schemas.items()
+    ]
+    plan = plan_of(request_of(tools=tools, tool_choice="required"), "", Parsers())
+    assert plan is not None
+    grammar = plan.options["structured_outputs"]["grammar"]
+    assert "error" not in answer("grammar", grammar)
+    for name in schemas:
+        choice = {"type": "function", "function": {"name": name}}
+        plan = plan_of(request_of(tools=tools, tool_choice=choice), "", Parsers())
+        assert plan is not None
+        schema = plan.options["structured_outputs"]["json"]
+        assert "error" not in answer("json", json.dumps(schema))
+        if name == "refers":
+            assert schema["additionalProperties"] is False
+            assert schema["$defs"]["City"]["additionalProperties"] is False
+            assert schema["properties"] == REFERS["properties"]
+
+
+def test_a_text_that_must_match_holds_no_thoughts() -> None:
+    """A grammar of JSON never writes the mark behind which the answer would begin."""
+    template = "{% if add_generation_prompt %}assistant<think>\n"
+    for more in (
+        {"response_format": {"type": "json_object"}},
+        {"guided_regex": "[0-9]"},
+    ):
+        assert plan_of(request_of(tools=None, **more), template, Parsers()) is None
+    plan = plan_of(request_of(tools=None, continue_final_message=True), template, Parsers())
+    assert plan is not None
+    assert plan.arguments["is_thinking"] is False
 
 
 @pytest.mark.parametrize(
@@ -178,17 +221,21 @@ def test_a_forced_call_is_a_guide(upstream: FakeTriton, url: str) -> None:
         ({"tool_choice": NAMED, "tools": None}, "tool_choice needs tools"),
         ({"tools": [{"type": "web_search"}]}, "tools.0 must be of type 'function'"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools.0 must be"),
+        (
+            {"tools": [{"function": {"name": "f", "parameters": ["x"]}}]},
+            "tools.0.function.parameters must be a schema",
+        ),
         ({"tool_choice": "sometimes"}, "tool_choice"),
         (
             {"tool_choice": "required", "response_format": {"type": "json_object"}},
-            "response_format must be of type 'text'",
+            "response_format must not be given where tool_choice",
         ),
     ],
 )
 def test_wrong_tools_are_refused(url: str, more: dict[str, Any], said: str) -> None:
-    answer = chat(url, **more)
-    assert answer.status_code == 400
-    assert said in error_of(answer)["message"]
+    refused = chat(url, **more)
+    assert refused.status_code == 400
+    assert said in error_of(refused)["message"]
 
 
 def test_marks_that_are_special_tokens_are_asked_for() -> None:
@@ -222,7 +269,14 @@ def test_messages_as_clients_send_them_back() -> None:
         {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "2"}]},
         {"role": "assistant", "function_call": {"name": "g", "arguments": ""}},
         {"role": "function", "name": "g", "content": "3"},
-        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "tool_calls": []},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                {"type": "refusal", "refusal": "no"},
+            ],
+            "tool_calls": [],
+        },
     ]
     assert for_template(sent, "") == [
         {"role": "system", "content": "Be short."},
@@ -249,7 +303,11 @@ def test_messages_as_clients_send_them_back() -> None:
     [
         ({"content": [{"type": "image_url", "image_url": {}}]}, "got 'image_url'"),
         ({"content": 3}, "got 'int'"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "arguments in JSON"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "is not valid JSON"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "a JSON object"),
+        ({"tool_calls": 5}, "tool_calls must be a list"),
+        ({"content": [{"type": ["text"]}]}, "text only"),
+        ({"content": [{"type": "text", "text": {"a": 1}}]}, "text only"),
         ({"tool_calls": ["f"]}, "calls of functions, got 'f'"),
     ],
 )

@@ -91,6 +91,7 @@ def test_what_asks_for_nothing_is_taken(sent: dict[str, Any]) -> None:
         ({"lora_name": "x"}, "lora_name must be left out, got 'x': there are no adapters"),
         ({"nvext": {"use_raw_prompt": True}}, "use_raw_prompt must be False, got True"),
         ({"nvext": 7}, "nvext must be an object, got 7"),
+        ({"nvext": '{"\\ud800": 1}'}, "nvext must be a string"),
         ({"max_completion_tokens": "x"}, "max_completion_tokens must be a whole number, got 'x'"),
         ({"bad_words": ["\ud800"]}, "bad_words must be a list of strings"),
         ({"logit_bias": dict.fromkeys(range(2000), 1)}, "logit_bias may hold at most 1024"),

@@ -19,6 +19,7 @@ EOS, TURN, END = 1, 4, 5
         (LOOP + "<turn>{{ message.content }}\n<end>{% endfor %}", {EOS, END}),
         (LOOP + "<turn>{{ message.content }}{% endfor %}", {EOS}),
         (LOOP + "{{ message.content }}###{% endfor %}", {EOS}),
+        (LOOP + "<turn>{{ message.content | upper }}<end>{% endfor %}", {EOS}),
         (LOOP + "{{ message.content | trim }}{{ eos_token }}{% endfor %}", {EOS}),
         ("{{ raise_exception('no') }}", {EOS}),
         (LOOP + "{{ message.nothing.content }}{% endfor %}", {EOS}),

@@ -149,6 +149,14 @@ def test_bytes_that_are_no_text_come_out_with_what_follows() -> None:
     assert detokenizer.push([letter]) == "\ufffdx"
 
 
+def test_special_tokens_are_not_decoded_again_and_again() -> None:
+    """A text of nothing else would take as long as its square."""
+    detokenizer = Detokenizer(TOKENIZERS["bytes"])
+    for _ in range(100):
+        assert detokenizer.push([4]) == ""
+    assert detokenizer._token_ids == []
+
+
 @given(text=TEXT)
 def test_special_tokens_are_left_out(text: str) -> None:
     """Wherever they stand, also within a character's bytes."""

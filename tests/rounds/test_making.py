@@ -12,6 +12,7 @@ import torch
 import cuda_wing
 from tandem import Engine, EngineConfig, SamplingParams
 from tandem.cache.kv_cache import KVCache
+from tandem.cache.room import CacheRoom
 from tandem.drafters.mtp import Gemma4Drafter
 from tandem.errors import ConfigError
 from tandem.models.verifier import Verifier
@@ -27,6 +28,7 @@ WEIGHTS, ROW, GRAPH, OTHERS = 8 * MIB, 2**12, 2**14, MIB
 SETTINGS: dict[str, Any] = {
     "kv_cache_tokens": None,
     "max_num_seqs": 2,
+    "block_size": 4,
     "max_model_len": 60,
     "max_num_batched_tokens": 64,
     "enforce_eager": False,
@@ -42,6 +44,9 @@ class Card:
         self.caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self.graphs: weakref.WeakSet[cuda_wing.FakeGraph] = weakref.WeakSet()
         self.seen: list[dict[str, int]] = []
+        # What one block more than the KV cache has would take, of every group that grows with it.
+        self.blocks: list[int] = []
+        num_tokens = CacheRoom.num_tokens
         allocate, run_verify = KVCache.allocate, Programs._run_verify
         make_graph = cuda_wing.FakeGraph.__init__
 
@@ -60,6 +65,13 @@ class Card:
             self.check()
             return run_verify(programs, size)
 
+        def noted_room(room: CacheRoom, num_bytes: int) -> int:
+            found = num_tokens(room, num_bytes)
+            more = found + SETTINGS["block_size"]
+            self.blocks.append(room.num_bytes(more) - room.num_bytes(found))
+            return found
+
+        monkeypatch.setattr(CacheRoom, "num_tokens", noted_room)
         monkeypatch.setattr(KVCache, "allocate", noted_allocate)
         monkeypatch.setattr(cuda_wing.FakeGraph, "__init__", noted_graph)
         monkeypatch.setattr(Programs, "_run_verify", noted_pass)
@@ -99,9 +111,9 @@ def test_the_cache_gets_what_everything_else_leaves(
     assert seen["rows"] == 64
     assert seen["graphs"] == len(card.graphs) > 20
     assert isinstance(engine.round, DeviceRound)
-    # No block more of each group would fit; the slot of nobody is beyond what was asked for.
-    block = sum(cache.num_bytes // cache.groups[-1].num_blocks for cache in card.caches)
-    assert abs(card.reserved() + OTHERS - int(0.9 * card.total)) < 2 * block
+    # A block more of tokens would not fit; the slot of nobody is beyond what was asked for.
+    (block,) = card.blocks
+    assert -block < card.reserved() + OTHERS - int(0.9 * card.total) < block
     found = engine.generate([[3] * 9], GREEDY)
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     if (mtp := engine.drafters.get("mtp")) is not None:

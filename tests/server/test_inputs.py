@@ -94,6 +94,11 @@ def test_a_conversation_needs_a_template(server: TritonServer) -> None:
         ask(server, text_input=None, messages='[{"role": "user", "content": "hi"}]')
 
 
+def deep(levels: int) -> Any:
+    """A list in a list, so many times."""
+    return json.loads("[" * levels + "]" * levels)
+
+
 def test_a_conversation_goes_through_the_template(server: TritonServer, engine: Engine) -> None:
     """Tools are there for it, and what it refuses is a client error."""
     messages = [{"role": "user", "content": "hi"}]
@@ -109,6 +114,8 @@ def test_a_conversation_goes_through_the_template(server: TritonServer, engine: 
         ([{"role": "wizard", "content": "hi"}], "refuses these messages: no such role: wizard"),
         ([{"content": "hi"}], "messages must be a list of one or more objects"),
         ({"role": "user"}, "messages must be a list of one or more objects"),
+        ([{"role": "user", "content": "\ud800"}], "messages are not valid UTF-8"),
+        ([{"role": "user", "content": deep(700)}], "refuses these messages: maximum recursion"),
     ):
         with pytest.raises(InferenceServerException, match=message):
             ask(server, "vllm_format", text_input=None, messages=json.dumps(wrong))

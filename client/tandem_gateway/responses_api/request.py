@@ -87,8 +87,7 @@ class ResponsesRequest(BaseModel):
                 raise OptionError(
                     name, "must not be given: nothing is stored here, send all of it in input"
                 )
-        chat: dict[str, Any] = {
-            **(self.model_extra or {}),
+        own: dict[str, Any] = {
             "model": self.model,
             "messages": self._messages(),
             "max_completion_tokens": self.max_output_tokens,
@@ -99,12 +98,12 @@ class ResponsesRequest(BaseModel):
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
         }
         if _LOGPROBS in (self.include or ()) or self.top_logprobs:
-            chat |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        request = ChatCompletionRequest(
-            **{name: value for name, value in chat.items() if value is not None}
-        )
-        if request.n != 1:
-            raise OptionError("n", f"must be 1, got {request.n}: a response has one answer")
+            own |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        given = {name: value for name, value in own.items() if value is not None}
+        request = ChatCompletionRequest(**{**(self.model_extra or {}), **given})
+        if request.num_answers != 1:
+            got = request.num_answers
+            raise OptionError("n", f"must be 1, got {got}: a response has one answer")
         return request
 
     def _messages(self) -> list[dict[str, Any]]:
@@ -115,7 +114,7 @@ class ResponsesRequest(BaseModel):
             return [*messages, {"role": "user", "content": self.input}]
         for number, item in enumerate(self.input):
             kind = item.get("type") or "message"
-            read = _ITEMS.get(kind)
+            read = _ITEMS.get(kind) if isinstance(kind, str) else None
             if read is None:
                 got = shorten(repr(kind))
                 raise OptionError(f"input.{number}", f"must be one of {_known()}, got {got}")
@@ -192,6 +191,8 @@ def _text(content: Any, place: str) -> str:
     texts = []
     for part in content if isinstance(content, list) else [content]:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(kind, str):
+            raise OptionError(place, f"must be text only, got {shorten(repr(kind))}")
         if kind == "refusal":
             texts.append(str(part.get("refusal", "")))
         elif kind in _TEXT_PARTS:

@@ -114,6 +114,7 @@ def _call(text: str, names: Collection[str]) -> tuple[str, str] | None:
             arguments = json.loads(arguments)
     except (ValueError, RecursionError):
         return None
-    if value.get("name") not in names or not isinstance(arguments, dict):
+    name = value.get("name")
+    if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
         return None
-    return value["name"], json.dumps(arguments, ensure_ascii=False)
+    return name, json.dumps(arguments, ensure_ascii=False)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
 from tandem_gateway.errors import shorten
-from tandem_options import OptionError
+from tandem_options import OptionError, parse_json
 
 # Parts of a message that are text, and where it is in them.
 _TEXTS = {
@@ -15,8 +14,9 @@ _TEXTS = {
     "input_text": "text",
     "output_text": "text",
     "refusal": "refusal",
-    "thinking": "thinking",
 }
+# What a model thought before; templates leave it out.
+_LEFT_OUT = ("thinking", "reasoning")
 
 
 def for_template(messages: Iterable[dict[str, Any]], template: str) -> list[dict[str, Any]]:
@@ -41,10 +41,11 @@ def _message(message: dict[str, Any], place: str, template: str) -> dict[str, An
     # OpenAI's older way of one call in a message.
     if call := made.pop("function_call", None):
         made["tool_calls"] = [{"type": "function", "function": call}]
-    if "tool_calls" in made:
-        made["tool_calls"] = [_call(each, f"{place}.tool_calls") for each in made["tool_calls"]]
-        if not made["tool_calls"]:
-            del made["tool_calls"]
+    calls = made.pop("tool_calls", [])
+    if not isinstance(calls, list):
+        raise OptionError(f"{place}.tool_calls", f"must be a list, got {shorten(repr(calls))}")
+    if calls:
+        made["tool_calls"] = [_call(each, f"{place}.tool_calls") for each in calls]
     return made
 
 
@@ -54,12 +55,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
         raise OptionError(place, f"must hold calls of functions, got {shorten(repr(call))}")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise OptionError(
-                place, f"must have arguments in JSON, got {shorten(repr(arguments))}"
-            ) from None
+        arguments = parse_json(f"{place}.arguments", arguments or "{}")
     return {**call, "function": {**function, "arguments": arguments or {}}}
 
 
@@ -73,7 +69,10 @@ def _text(content: Any, place: str) -> str:
             texts.append(part)
             continue
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind not in _TEXTS:
+        if kind in _LEFT_OUT:
+            continue
+        text = part.get(_TEXTS[kind], "") if isinstance(kind, str) and kind in _TEXTS else None
+        if not isinstance(text, str):
             raise OptionError(place, f"must have parts of text only, got {shorten(repr(kind))}")
-        texts.append(str(part.get(_TEXTS[kind]) or ""))
+        texts.append(text)
     return "".join(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,15 @@ from tandem_gateway.tools.whole_calls import Schemas
 from tandem_options import OptionError
 
 NONE = "none"
+# Options that say what the text must match.
+_GUIDES = (
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_guide",
+)
 # Of a function that names no parameters.
 _NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
 
@@ -83,14 +93,15 @@ def plan_of(request: ChatCompletionRequest, template: str, parsers: Parsers) -> 
         if name not in schemas:
             known = ", ".join(schemas)
             raise OptionError("tool_choice", f"must be one of {known}, got {shorten(repr(name))}")
-        return Plan({"named": name}, _guide(request, _closed(schemas[name])))
+        return Plan({"named": name}, _guide(request, {"json": _closed(schemas[name])}))
     if schemas and choice == "required":
         read = {"calls": FORCED, "schemas": schemas}
-        return Plan(read, _guide(request, _calls_schema(schemas, one=one)))
+        return Plan(read, _guide(request, {"grammar": _calls_grammar(schemas, one=one)}))
     if choice == "required" or not isinstance(choice, str):
         raise OptionError("tool_choice", "needs tools, and there are none")
     calls = parsers.tool_format(template) if schemas and choice == "auto" else None
-    reasoning = parsers.reasoning_format(template)
+    # A text that has to match something holds no thoughts.
+    reasoning = None if _guided_by(request) else parsers.reasoning_format(template)
     if calls is None and reasoning is None:
         return None
     return Plan(
@@ -99,7 +110,9 @@ def plan_of(request: ChatCompletionRequest, template: str, parsers: Parsers) -> 
             "schemas": schemas,
             "max_calls": 1 if one else None,
             "reasoning": reasoning,
-            "is_thinking": reasoning is not None and _begins_thinking(template, reasoning),
+            "is_thinking": reasoning is not None
+            and request.begins_answer
+            and _begins_thinking(template, reasoning),
         },
         {"skip_special_tokens": False} if _has_special_marks(calls, reasoning) else {},
     )
@@ -118,43 +131,74 @@ def _schemas(request: ChatCompletionRequest) -> Schemas:
                 + shorten(repr(tool)),
             )
         assert isinstance(function, dict)
-        found[name] = function.get("parameters") or _NOTHING
+        parameters = function.get("parameters") or _NOTHING
+        if not isinstance(parameters, dict) or not isinstance(
+            parameters.get("properties") or {}, dict
+        ):
+            raise OptionError(
+                f"tools.{number}.function.parameters",
+                f"must be a schema of an object, got {shorten(repr(parameters))}",
+            )
+        found[name] = parameters
     return found
 
 
-def _guide(request: ChatCompletionRequest, schema: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = request.response_format
-    if wanted is not None and wanted.type != "text":
-        raise OptionError(
-            "response_format",
-            "must be of type 'text' where tool_choice makes the model call a tool",
-        )
-    return {"structured_outputs": {"json": schema}}
+def _guide(request: ChatCompletionRequest, guide: dict[str, Any]) -> dict[str, Any]:
+    if name := _guided_by(request):
+        raise OptionError(name, "must not be given where tool_choice makes the model call a tool")
+    return {"structured_outputs": guide}
 
 
-def _calls_schema(schemas: Schemas, *, one: bool) -> dict[str, Any]:
-    """A list of calls, as `FORCED` reads them."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": _closed(parameters)},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, parameters in schemas.items()
-    ]
-    number = {"minItems": 1} | ({"maxItems": 1} if one else {})
-    return {"type": "array", "items": {"anyOf": calls}, **number}
+def _guided_by(request: ChatCompletionRequest) -> str:
+    """The field that says what the text must match, if one does."""
+    if request.response_format is not None and request.response_format.type != "text":
+        return "response_format"
+    return next((name for name in _GUIDES if name in request.reading.values), "")
 
 
-def _closed(schema: Any) -> Any:
-    """The schema without parameters that it doesn't name: a function would not know them."""
-    if isinstance(schema, list):
-        return [_closed(each) for each in schema]
+def _calls_grammar(schemas: Schemas, *, one: bool) -> str:
+    """A list of calls, as `FORCED` reads them; each schema may refer to parts of itself."""
+    rules = []
+    for number, (name, parameters) in enumerate(schemas.items()):
+        head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+        schema = _closed(parameters) | {"x-guidance": {"whitespace_flexible": False}}
+        rules += [f'call{number}: {head} arguments{number} "}}"']
+        rules += [f"arguments{number}: %json {json.dumps(schema)}"]
+    calls = " | ".join(f"call{number}" for number in range(len(schemas)))
+    more = "" if one else ' (", " call)*'
+    return "\n".join([f'start: "[" call{more} "]"', f"call: {calls}", *rules])
+
+
+def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema without parameters that it doesn't name: a function would not know them.
+
+    Where several schemas hold together, each names but a part, so they are left as they are.
+    """
+    return dict(schema) if _combines(schema) else _close(dict(schema))
+
+
+def _combines(schema: Any) -> bool:
+    parts = schema.values() if isinstance(schema, Mapping) else schema
+    if isinstance(schema, Mapping) and "allOf" in schema:
+        return True
+    return isinstance(schema, (Mapping, list)) and any(map(_combines, parts))
+
+
+def _close(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
-    closed = {name: _closed(each) for name, each in schema.items()}
-    return {"additionalProperties": False} | closed if "properties" in closed else closed
+    closed = dict(schema)
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(parts := schema.get(name), dict):
+            closed[name] = {key: _close(part) for key, part in parts.items()}
+    if "items" in schema:
+        closed["items"] = _close(schema["items"])
+    if "properties" in schema:
+        return {"additionalProperties": False} | closed
+    for name in ("anyOf", "oneOf"):
+        if isinstance(parts := schema.get(name), list):
+            closed[name] = [_close(part) for part in parts]
+    return closed
 
 
 def _begins_thinking(template: str, reasoning: ReasoningFormat) -> bool:

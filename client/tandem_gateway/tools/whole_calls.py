@@ -14,6 +14,7 @@ from tandem_gateway.tools.source import Nesting, Piece, Source, Steps
 Schemas = Mapping[str, Mapping[str, Any]]
 Call = tuple[str, dict[str, Any]]
 Parse = Callable[[str, Schemas], Iterator[Call]]
+_BARE_KEY = re.compile(r'([{,]\s*)([^\s"{}\[\],:]+)\s*:')
 
 
 def read_whole(source: Source, schemas: Schemas, parse: Parse, end: str) -> Steps[bool]:
@@ -72,14 +73,9 @@ def parse_gemma(text: str, schemas: Schemas) -> Iterator[Call]:
     if match is None:
         raise ValueError(text)
     parts = match[2].split('<|"|>')
-    parts[::2] = [
-        re.sub(r'([{,]\s*)([^\s"{}\[\],:]+)\s*:', r'\1"\2":', part) for part in parts[::2]
-    ]
+    parts[::2] = [_BARE_KEY.sub(r'\1"\2":', part) for part in parts[::2]]
     parts[1::2] = [json.dumps(part) for part in parts[1::2]]
     yield match[1], json.loads("".join(parts))
-
-
-_BARE_KEY = re.compile(r'([{,]\s*)([^\s"{}\[\],:]+)\s*:')
 
 
 def parse_xml(text: str, schemas: Schemas) -> Iterator[Call]:
@@ -94,17 +90,29 @@ def parse_xml(text: str, schemas: Schemas) -> Iterator[Call]:
     parameters = re.findall(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", body, re.DOTALL)
     if body.count("<parameter=") != len(parameters):
         raise ValueError(text)
-    properties = schemas.get(name, {}).get("properties", {})
+    properties = schemas.get(name, {}).get("properties") or {}
     yield name, {key: _value(value, properties.get(key)) for key, value in parameters}
 
 
 def _value(text: str, schema: Any) -> Any:
-    if not isinstance(schema, dict) or schema.get("type", "string") == "string":
+    if "string" in (_types(schema) or ["string"]):
         return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _types(schema: Any) -> list[Any]:
+    """The types that a schema lets a value have; none if it doesn't say."""
+    if not isinstance(schema, dict):
+        return []
+    named = schema.get("type", [])
+    choices = [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]
+    return [
+        *(named if isinstance(named, list) else [named]),
+        *(kind for choice in choices for kind in _types(choice)),
+    ]
 
 
 def parse_python(text: str, schemas: Schemas) -> Iterator[Call]:

@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from tandem.cuda.kernels import multiply
 from tandem.cuda.norms import FusedRMSNorm
+from tandem.cuda.product_kernels import multiply
 from tandem.errors import UnsupportedModelError
 
 _TIMED_ROWS = (1, 4, 16)
@@ -40,6 +40,8 @@ class InvariantLinear(nn.Module):
         """`[..., in_features]` to `[..., out_features]`."""
         linear = self.linear
         flat = rows.reshape(-1, linear.in_features)
+        if flat.stride(1) != 1:
+            flat = flat.contiguous()
         output = flat.new_empty(len(flat), linear.out_features)
         tiles = (
             triton.cdiv(len(flat), TILE_ROWS),
@@ -117,7 +119,7 @@ def costs(model: nn.Module, rounds: int, synchronize: Callable[[], None]) -> dic
             quickest = [min(each) for each in zip(*times[1:], strict=True)]
             own += quickest[0] * (1 + len(others))
             library += quickest[1] * (1 + len(others))
-        found[count] = own / library - 1
+        found[count] = own / library - 1 if library else 0.0
     return found
 
 

@@ -51,6 +51,7 @@ class Admission:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._eos_token_ids = eos_token_ids
         self._config = config
         self._lookaheads = config.max_lookaheads
         # Who gets the requests that name no drafter.
@@ -87,6 +88,7 @@ class Admission:
         self.check_token_ids("stop_token_ids", params.stop_token_ids)
         self.check_token_ids("logit_bias", params.logit_bias)
         self.check_token_ids("allowed_token_ids", params.allowed_token_ids)
+        self._check_allowed(params)
         if self._tokenizer is None and (params.stop or params.bad_words or params.guide):
             raise InvalidRequestError(
                 "the verifier has no tokenizer: stop, bad_words and guides need text"
@@ -169,6 +171,15 @@ class Admission:
                 "answer"
             )
         return token_ids
+
+    def _check_allowed(self, params: SamplingParams) -> None:
+        """Something must be left where the text may not end yet."""
+        ends = {*self._eos_token_ids, *params.stop_token_ids} if params.min_tokens else set()
+        if params.allowed_token_ids and not {*params.allowed_token_ids} - ends:
+            raise InvalidRequestError(
+                "allowed_token_ids allow nothing but tokens that end the text, which min_tokens, "
+                f"{params.min_tokens}, forbids: allow others, or leave min_tokens out"
+            )
 
     def check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
         """Refuses tokens that the verifier doesn't have.

@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+# What a chat template raises where it can't make anything of messages.
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 # Stands in the template for an answer.
 _ANSWER = "tandem-answer"
 
@@ -31,10 +33,12 @@ def _after_an_answer(tokenizer: Any) -> int | None:
     ]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError):
+    except REFUSALS:
         return None
-    behind = str(text).rpartition(_ANSWER)[2].lstrip()
-    token_ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    _, is_shown, behind = str(text).rpartition(_ANSWER)
+    if not is_shown:
+        return None
+    token_ids: list[int] = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
     if not token_ids:
         return None
     first = tokenizer.added_tokens_decoder.get(token_ids[0])

@@ -35,14 +35,15 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        # They would be decoded again with each token that follows.
+        self._skipped = _special_tokens(tokenizer).keys() if skip_special_tokens else ()
         self._token_ids: list[int] = []
         self._context = 0  # token_ids[_context:_emitted] are decoded again as context
         self._emitted = 0  # the text of token_ids[:_emitted] is out
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
-        token_ids = list(token_ids)
+        token_ids = [token_id for token_id in token_ids if token_id not in self._skipped]
         self._token_ids += token_ids
         text = self._take(final=False)
         if text or len(token_ids) < 2:
@@ -66,7 +67,7 @@ class Detokenizer:
     def _decode(self, token_ids: list[int]) -> str:
         text = self._tokenizer.decode(
             token_ids,
-            skip_special_tokens=self._skip_special_tokens,
+            skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
         assert isinstance(text, str)

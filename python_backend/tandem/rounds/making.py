@@ -60,8 +60,14 @@ def make_round(
     room.check(num_tokens)
     del first
     wing.release()
-    for cache in caches:
-        cache.allocate(room.groups(num_tokens))
+    try:
+        for cache in caches:
+            cache.allocate(room.groups(num_tokens))
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the KV cache finds no memory, perhaps because another process has taken some: lower "
+            "gpu_memory_utilization"
+        ) from error
     logger.info("KV cache: %s", room.describe(num_tokens))
     return make()
 
