@@ -40,7 +40,7 @@ def check(tiny: TinyModels, prompt: list[int], output: RequestOutput) -> None:
 def test_they_are_the_models_own(
     engines: Engines, tiny: TinyModels, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "_NUM_ROWS", 5)  # several pieces
+    monkeypatch.setattr(scoring, "NUM_ROWS", 5)  # several pieces
     engine = engines("llama", **settings)
     for params in (SCORE, GENERATE):
         outputs = engine.generate(PROMPTS, params, drafter="ngram")

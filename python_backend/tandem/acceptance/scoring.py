@@ -9,7 +9,7 @@ from tandem.requests.sequence import ScheduledSequence
 from tandem.sampling.processors import token_logprobs
 
 # Logits that are made at a time: those of a whole chunk would take gigabytes.
-_NUM_ROWS = 64
+NUM_ROWS = 64
 
 
 def score_prompts(batch: Items[ScheduledSequence], output: VerifierOutput) -> None:
@@ -25,8 +25,8 @@ def score_prompts(batch: Items[ScheduledSequence], output: VerifierOutput) -> No
         if num_top is None:
             continue
         behind = range(sequence.num_computed + scored.start, sequence.num_computed + scored.stop)
-        for start in range(0, len(behind), _NUM_ROWS):
-            part = behind[start : start + _NUM_ROWS]
+        for start in range(0, len(behind), NUM_ROWS):
+            part = behind[start : start + NUM_ROWS]
             logits = output.logits(range(first, first + len(part)))
             token_ids = [sequence.token_ids[position + 1] for position in part]
             sequence.prompt_logprobs += token_logprobs(logits, token_ids, num_top)
