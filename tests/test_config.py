@@ -239,7 +239,7 @@ def test_relative_paths_are_relative_to_the_file(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens must be a whole number from 1 .* got 0"),
+        ({"max_tokens": -1}, "max_tokens must be a whole number from 0 .* got -1"),
         ({"max_tokens": 1.5}, r"max_tokens .* got 1\.5"),
         ({"max_tokens": True}, "max_tokens .* got True"),
         ({"temperature": -0.1}, r"temperature must be a number from 0 to 100, got -0\.1"),

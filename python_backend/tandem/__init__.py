@@ -16,7 +16,8 @@ from tandem.errors import (
     UnsupportedModelError,
     VerifierOutputError,
 )
-from tandem.requests.outputs import Delta, RequestOutput, TokenLogprobs
+from tandem.requests.logprobs import TokenLogprobs
+from tandem.requests.outputs import Delta, RequestOutput
 from tandem.requests.params import Guide, SamplingParams
 from tandem.requests.sequence import FinishReason, Sequence
 

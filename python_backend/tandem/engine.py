@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 import torch
 
 from tandem.acceptance.match import Verdict
+from tandem.acceptance.scoring import score_prompts
 from tandem.acceptance.verdicts import count_round
 from tandem.cache.block_pool import BlockPool
 from tandem.calibration import Calibration, make_lookahead
@@ -158,6 +159,7 @@ class Engine:
         """Appends the new tokens, rolls rejected drafts back, and frees what has ended."""
         self.stats.num_steps += 1
         self.stats.num_scheduled_sequences += len(batch)
+        score_prompts(batch, output)
         deltas = []
         for scheduled, verdict in zip(batch, verdicts, strict=True):
             sequence = scheduled.sequence

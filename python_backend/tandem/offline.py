@@ -8,7 +8,8 @@ from collections.abc import Sequence as Items
 
 from tandem.errors import InvalidRequestError, RequestCancelledError
 from tandem.lifecycle import Lifecycle
-from tandem.requests.outputs import Delta, RequestOutput, TokenLogprobs
+from tandem.requests.logprobs import TokenLogprobs
+from tandem.requests.outputs import Delta, RequestOutput
 from tandem.requests.params import SamplingParams
 from tandem.requests.sequence import Sequence
 from tandem.requests.text import Tokenizer

@@ -60,10 +60,10 @@ class Card:
             self.graphs.add(graph)
             self.check()
 
-        def noted_pass(programs: Programs, size: Any) -> Any:
+        def noted_pass(programs: Programs, size: Any, *scored: Any) -> Any:
             self.most_rows = max(self.most_rows, size.num_rows)
             self.check()
-            return run_verify(programs, size)
+            return run_verify(programs, size, *scored)
 
         def noted_room(room: CacheRoom, num_bytes: int) -> int:
             found = num_tokens(room, num_bytes)

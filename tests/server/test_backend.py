@@ -241,7 +241,7 @@ def test_a_cancelled_stream_leaves_the_others_alone(server: TritonServer, engine
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": "many"}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 from random import Random
 from typing import NamedTuple
 
-from tandem.requests.outputs import TokenLogprobs
+from tandem.requests.logprobs import TokenLogprobs
 
 
 class Verdict(NamedTuple):

@@ -44,7 +44,8 @@ class BlockPool:
         """Begins the tables with the blocks that hold the sequence's prefix; tokens in them.
 
         A prefix is there if each group has all of it that can be reached from its end. The last
-        token is never part of it: a pass has to compute it for what comes next.
+        token is never part of it: a pass has to compute it for what comes next. Nor are those
+        behind which a log probability is still to be found.
         """
         tables = self._tables(sequence)
         assert not any(table.blocks for table in tables), f"sequence {sequence.id} has blocks"
@@ -69,7 +70,7 @@ class BlockPool:
         longest = 0
         # In each group, the first of the blocks that are there one behind the other.
         starts = [0] * len(self.blocks)
-        for index in range((sequence.num_tokens - 1) // self.block_size):
+        for index in range(sequence.num_reusable // self.block_size):
             key = self._key(sequence, index)
             length, is_whole = index + 1, True
             for number, (group, blocks) in enumerate(self._all()):

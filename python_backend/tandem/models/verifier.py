@@ -18,15 +18,16 @@ from tandem.requests.sequence import ScheduledSequence
 
 @dataclass(frozen=True)
 class VerifierOutput:
-    """One row for each token that can be sampled, in the order of the batch.
+    """One row for each token that can be sampled, in the order of the batch; then scored rows.
 
     A sequence whose pass reaches the end of its known tokens has `1 + len(draft_ids)` rows; any
-    other has none.
+    other has none. Behind `num_sampled` are those behind which a token of a prompt is scored.
     """
 
     hidden: Tensor  # [num_rows, hidden_size], what the output head reads: after the last norm
     head: OutputHead
     made_logits: Tensor | None  # [num_rows, vocab_size], if the head is not deferred
+    num_sampled: int
 
     def logits(self, rows: Items[int]) -> Tensor:
         """The logits of some rows, `[len(rows), vocab_size]`."""
@@ -71,11 +72,13 @@ class Verifier:
         token_ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
+        scored: list[int] = []
         spans = []
         for scheduled in batch:
             sequence = scheduled.sequence
             start = sequence.num_computed
             known = sequence.token_ids[start : start + scheduled.num_tokens]
+            scored += [len(token_ids) + row for row in scheduled.scored_rows]
             token_ids += known + scheduled.draft_ids
             stop = start + len(known) + len(scheduled.draft_ids)
             positions += range(start, stop)
@@ -86,8 +89,9 @@ class Verifier:
             spans, self.cache.block_size, self._dtype, self._device, windows=self.cache.windows
         )
         if self.compiled is not None:
-            states = self.compiled(packed, token_ids, positions, rows)
-            return VerifierOutput(states, self.head, None)
-        logits = packed_logits(self.model, self.cache, packed, token_ids, positions, rows)
-        states = take_states(self.model)
-        return VerifierOutput(states[0], self.head, None if self.head.is_deferred else logits)
+            states = self.compiled(packed, token_ids, positions, rows + scored)
+            return VerifierOutput(states, self.head, None, len(rows))
+        logits = packed_logits(self.model, self.cache, packed, token_ids, positions, rows + scored)
+        states = take_states(self.model)[0]
+        made = None if self.head.is_deferred else logits
+        return VerifierOutput(states, self.head, made, len(rows))

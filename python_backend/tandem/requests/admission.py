@@ -84,7 +84,7 @@ class Admission:
         if drafter is None:
             drafter = self._split.next()
         max_lookahead = self._lookahead(drafter, num_speculative_tokens)
-        token_ids = self._token_ids(prompt)
+        token_ids = self._token_ids(prompt, self._max_model_len - min(1, params.max_tokens))
         self.check_token_ids("stop_token_ids", params.stop_token_ids)
         self.check_token_ids("logit_bias", params.logit_bias)
         self.check_token_ids("allowed_token_ids", params.allowed_token_ids)
@@ -152,7 +152,7 @@ class Admission:
             )
         return min(limit, ceiling)
 
-    def _token_ids(self, prompt: str | Items[int]) -> list[int]:
+    def _token_ids(self, prompt: str | Items[int], most: int) -> list[int]:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise InvalidRequestError("the verifier has no tokenizer: give token ids, not text")
@@ -163,12 +163,11 @@ class Admission:
             self.check_token_ids("prompt token ids", token_ids)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token")
-        if len(token_ids) >= self._max_model_len:
+        if len(token_ids) > most:
             raise InvalidRequestError(
                 f"the prompt is too long: this model's maximum context length is "
                 f"{self._max_model_len} tokens (max_model_len). However, your prompt resulted in "
-                f"{len(token_ids)} tokens; at most {self._max_model_len - 1} leave room for an "
-                "answer"
+                f"{len(token_ids)} tokens; at most {most} leave room for an answer"
             )
         return token_ids
 

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tandem.errors import TandemError
+from tandem.requests.logprobs import TokenLogprobs
 from tandem.requests.sequence import FinishReason, Sequence
 from tandem.requests.text import OutputText, Tokenizer
-
-
-class TokenLogprobs(NamedTuple):
-    """A token's log probability, its rank from 1, and the likeliest tokens with theirs."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,11 @@ def shown_ids(sequence: Sequence, token_ids: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """One finished request of `Engine.generate`; text and tokens as in `Delta`."""
+    """One finished request of `Engine.generate`; text and tokens as in `Delta`.
+
+    `prompt_logprobs` has an entry for each of the prompt's tokens but the first if the request
+    asked for them.
+    """
 
     text: str | None
     token_ids: list[int]
@@ -65,6 +60,7 @@ class RequestOutput:
     stop_reason: str | int | None
     error: TandemError | None
     logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs]
     num_verify_steps: int
     num_drafts: int
     num_draft_tokens: int
@@ -88,6 +84,7 @@ class RequestOutput:
             stop_reason=sequence.stop_reason,
             error=sequence.error,
             logprobs=logprobs,
+            prompt_logprobs=sequence.prompt_logprobs,
             num_verify_steps=sequence.num_verify_steps,
             num_drafts=sequence.num_drafts,
             num_draft_tokens=sequence.num_draft_tokens,

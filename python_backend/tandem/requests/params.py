@@ -64,7 +64,7 @@ class SamplingParams:
     (`bad_words`, `min_tokens`, `guide`), `temperature`, `top_k`, `top_p`, `min_p`.
 
     Attributes:
-        max_tokens: tokens to generate at most.
+        max_tokens: tokens to generate at most; with 0 the prompt alone is computed.
         min_tokens: no end of sequence, stop token or stop string before this many.
         temperature: logits are divided by it; below 1e-5 the likeliest token is taken.
         top_k: sample from the k likeliest tokens; 0 or -1 means all.
@@ -85,6 +85,7 @@ class SamplingParams:
         skip_special_tokens: whether special tokens are left out of the text.
         logprobs: report each token's log probability, and this many of the likeliest tokens'. They
             are the verifier's own, before anything above.
+        prompt_logprobs: the same of the prompt's tokens, but for the first.
         guide: what the whole text must match.
     """
 
@@ -107,6 +108,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     guide: Guide | None = None
 
     def __post_init__(self) -> None:
@@ -118,7 +120,11 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"min_tokens must be at most max_tokens, {self.max_tokens}, got {self.min_tokens}"
             )
-        for name, high in (("seed", MAX_SEED), ("logprobs", MAX_LOGPROBS)):
+        for name, high in (
+            ("seed", MAX_SEED),
+            ("logprobs", MAX_LOGPROBS),
+            ("prompt_logprobs", MAX_LOGPROBS),
+        ):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), int, 0, high)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
@@ -148,7 +154,7 @@ class SamplingParams:
 
 
 _RANGES: tuple[tuple[str, type, float, float], ...] = (
-    ("max_tokens", int, 1, 2**31 - 1),
+    ("max_tokens", int, 0, 2**31 - 1),
     ("min_tokens", int, 0, 2**31 - 1),
     ("temperature", float, 0, 100),
     ("top_k", int, -1, 2**31 - 1),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tandem.errors import InvalidRequestError, TandemError
 from tandem.requests.grammar import Grammar
+from tandem.requests.logprobs import TokenLogprobs
 from tandem.requests.params import SamplingParams
 from tandem.requests.text import OutputText
 
@@ -53,6 +54,7 @@ class Sequence:
     `prefix_keys` begins with that of the empty prefix: sequences share K/V only where it is the
     same. The block pool adds one for each full block, and has offered the first
     `num_shared_blocks` of the tables to others, one table for each group of layers.
+    `prompt_logprobs` grows as the prompt is computed, where they are asked for.
     """
 
     id: int
@@ -81,6 +83,7 @@ class Sequence:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -103,6 +106,21 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def num_unscored(self) -> int:
+        """Tokens of the prompt whose log probabilities are asked for and not known yet."""
+        if self.params.prompt_logprobs is None:
+            return 0
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens at the start that need no pass if their K/V are there.
+
+        Behind the last one a token is sampled, and behind others the next is scored.
+        """
+        return len(self.prompt_logprobs) if self.num_unscored else self.num_tokens - 1
+
+    @property
     def is_decoding(self) -> bool:
         """Whether the next pass computes one known token, so that drafts may follow it."""
         return self.num_uncomputed == 1 and self.num_output_tokens > 0
@@ -116,6 +134,9 @@ class Sequence:
         self, token_ids: list[int], eos_token_ids: frozenset[int], max_model_len: int
     ) -> list[int]:
         """Appends tokens up to one that ends the sequence; those that were appended."""
+        if token_ids and self.params.max_tokens == 0:
+            self.finish(FinishReason.LENGTH)
+            return []
         for index, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
             self._check_end(token_id, eos_token_ids, max_model_len)
@@ -205,6 +226,13 @@ class ScheduledSequence:
     def yields_token(self) -> bool:
         """Whether the pass reaches the end of the known tokens, so that a next one is sampled."""
         return self.num_tokens == self.sequence.num_uncomputed
+
+    @property
+    def scored_rows(self) -> range:
+        """Of the pass's known tokens those behind which the prompt's next one is scored."""
+        start, first = self.sequence.num_computed, len(self.sequence.prompt_logprobs)
+        stop = min(start + self.num_tokens, first + self.sequence.num_unscored)
+        return range(max(start, first) - start, max(0, stop - start))
 
     @property
     def num_rows(self) -> int:

@@ -121,8 +121,9 @@ class DeviceRound(Round):
             self._lookahead = Lookahead()
             self._send(batch, sum(s.num_draft_tokens for s in batch))
         self._tools.record(self._marks[1])
-        self._verified = verified = self.programs.verify(self.size)
-        return VerifierOutput(verified.states, self._head, verified.logits)
+        self._verified = verified = self.programs.verify(self.size, _scored_rows(self._order))
+        num_sampled = len(verified.places)
+        return VerifierOutput(verified.states, self._head, verified.logits, num_sampled)
 
     def accept(
         self, batch: list[ScheduledSequence], output: VerifierOutput
@@ -184,7 +185,8 @@ class DeviceRound(Round):
         """Whether the host has to see logits before tokens are chosen."""
         sequence = scheduled.sequence
         is_plain = not is_adjusted(sequence) or is_adjusted_here(sequence, self._eos_token_ids)
-        return sequence.params.logprobs is not None or not is_plain
+        is_asked = sequence.params.logprobs is not None or bool(scheduled.scored_rows)
+        return is_asked or not is_plain
 
     # --- before the pass
 
@@ -211,8 +213,11 @@ class DeviceRound(Round):
         Args:
             num_drafts: draft tokens to be verified at most.
         """
-        # What the host samples comes first, so that its rows are the first that are sampled.
-        self._order = order = sorted(batch, key=lambda s: not self._needs_host(s))
+        # What the host samples comes first, so that its rows are the first that are sampled; of
+        # that what is scored, so that the host knows where it lies.
+        self._order = order = sorted(
+            batch, key=lambda s: (not s.scored_rows, not self._needs_host(s))
+        )
         num_known = sum(s.num_tokens for s in order)
         num_sampled = sum(s.yields_token for s in order) + num_drafts
         self.size = self.programs.pass_size(num_known + num_drafts, num_sampled)
@@ -331,6 +336,12 @@ class DeviceRound(Round):
             "verify": verify,
             "accept": max(0.0, total - draft - verify),
         }
+
+
+def _scored_rows(order: Items[ScheduledSequence]) -> list[int]:
+    """Where tokens of prompts are scored; sequences with such rows come first, without drafts."""
+    ends = accumulate((s.num_tokens for s in order), initial=0)
+    return [first + row for first, s in zip(ends, order, strict=False) for row in s.scored_rows]
 
 
 def _model_of(drafter: Drafter) -> MTPDrafter | None:

@@ -43,10 +43,10 @@ class RoundSize(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What a pass leaves for accepting; see `Layout` for the last three."""
+    """What a pass leaves for accepting, and for scoring; see `Layout` for the last three."""
 
-    states: Tensor  # [num_sampled, hidden_size]
-    logits: Tensor | None  # [num_sampled, vocab_size], if the head is not deferred
+    states: Tensor  # [num_sampled + num_scored, hidden_size]
+    logits: Tensor | None  # [num_sampled + num_scored, vocab_size], if the head is not deferred
     drafts: Tensor  # [num_places, max_drafts]
     num_drafts: Tensor
     places: Tensor
@@ -133,9 +133,14 @@ class Programs:
         size = RoundSize(model, count, depth)
         (self._draft.get(size) or partial(self._run_draft, size))()
 
-    def verify(self, size: PassSize) -> Verified:
-        """Chooses drafts, lays out the row, and runs the verifier over it."""
-        return (self._verify.get(size) or partial(self._run_verify, size))()
+    def verify(self, size: PassSize, scored: Items[int] = ()) -> Verified:
+        """Chooses drafts, lays out the row, and runs the verifier over it.
+
+        Args:
+            scored: more rows whose states are wanted; then there is no graph.
+        """
+        run = None if scored else self._verify.get(size)
+        return (run or partial(self._run_verify, size, scored))()
 
     def accept(self, size: PassSize, verified: Verified, *, adjusts: bool) -> None:
         """Samples and matches, keeps states for the next round, and writes the results.
@@ -143,7 +148,9 @@ class Programs:
         Args:
             adjusts: whether requests change logits.
         """
-        run = self._accept.get((size, adjusts))
+        # A graph reads what the graph of its pass has left.
+        has_graph = len(verified.states) == size.num_sampled
+        run = self._accept.get((size, adjusts)) if has_graph else None
         (run or partial(self._run_accept, verified, adjusts=adjusts))()
 
     def _run_draft(self, size: RoundSize) -> None:
@@ -169,7 +176,7 @@ class Programs:
                 column = kept[:count, step]
                 column.copy_(torch.where(is_asked, new.to(kept.dtype), column))
 
-    def _run_verify(self, size: PassSize) -> Verified:
+    def _run_verify(self, size: PassSize, scored: Items[int] = ()) -> Verified:
         state, cache = self._state, self._verifier.cache
         state.take_changes()
         count, table = min(size.num_rows, state.num_slots), state.inputs.device
@@ -201,7 +208,9 @@ class Programs:
             layout.slots,
             layout.token_ids,
             layout.positions,
-            layout.sampled,
+            torch.cat([layout.sampled, layout.sampled.new_tensor(scored)])
+            if scored
+            else layout.sampled,
         )
         states = take_states(model)[0]
         made = None if self._verifier.head.is_deferred else logits
@@ -210,9 +219,11 @@ class Programs:
 
     def _run_accept(self, verified: Verified, *, adjusts: bool) -> None:
         states, logits, drafts, num_drafts, places, offsets, first = verified
+        states = states[: len(places)]
         state, count = self._state, len(num_drafts)
         table = state.inputs.device
-        made = self._verifier.head.logits(states) if logits is None else logits
+        head = self._verifier.head
+        made = head.logits(states) if logits is None else logits[: len(places)]
         positions = (table["start"] + table["num_known"])[places] + offsets
         if adjusts:
             own = {name: each[places] for name, each in state.adjustments.device.items()}

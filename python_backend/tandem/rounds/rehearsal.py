@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from tandem.acceptance.scoring import NUM_ROWS
 from tandem.config import EngineConfig
 from tandem.drafter_config import NO_DRAFTER
 from tandem.drafters.drafter import Drafter
@@ -13,6 +14,7 @@ from tandem.models.loading import LoadedVerifier
 from tandem.requests.params import MAX_LOGPROBS, SamplingParams
 from tandem.requests.sequence import BlockTable, Draft, ScheduledSequence, Sequence
 from tandem.rounds.round import Round
+from tandem.sampling.processors import token_logprobs
 
 # Sampled by the host, and all that it can be asked for.
 _PARAMS = SamplingParams(
@@ -62,6 +64,7 @@ def _run(round_: Round, drafters: Mapping[str, Drafter], batch: list[ScheduledSe
     for drafter in drafters.values():
         drafter.prefill(batch)
     output = round_.verify(batch)
+    token_logprobs(output.logits([0] * NUM_ROWS), [0] * NUM_ROWS, MAX_LOGPROBS)
     verdicts = round_.accept(batch, output)
     for name in drafters:
         for scheduled in batch:

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
-from tandem.requests.outputs import TokenLogprobs
+from tandem.requests.logprobs import TokenLogprobs
 from tandem.requests.sequence import Sequence
 
 _BITS = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1 == 1  # [256, 8]
