@@ -330,7 +330,12 @@ def test_a_response(chat: OpenAI, engine: Engine) -> None:
     assert len(deltas) > 1
     assert "".join(deltas) == expected == events[-1].response.output_text
     assert events[-1].type == "response.incomplete"
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
     answer = chat.responses.create(
         **{**asked, "max_output_tokens": 200, "extra_body": {"logit_bias": {"96": 100}, "seed": 3}},
         text={"format": {"type": "json_schema", "name": "answer", "schema": schema}},
