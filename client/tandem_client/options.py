@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     seed: int
     n: int
     logprobs: int
+    prompt_logprobs: int
     structured_outputs: Mapping[str, Any]
     return_token_ids: bool
     exclude_input_in_output: bool

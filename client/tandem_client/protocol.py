@@ -26,9 +26,9 @@ class Chunk:
     """What one step of the server added to one sequence. The counts are this chunk's own.
 
     The first `accepted_text_length` characters of `text` are from drafts that were accepted.
-    `logprobs` and `token_ids` are there on request; `stop_reason`, `seed`, `num_cached_tokens` (of
-    the input), `acceptance_histogram` (the sequence's rounds by how many drafts were accepted) and
-    the seconds come with a sequence's last chunk.
+    `logprobs` and `token_ids` are there on request, `prompt_logprobs` with a sequence's first
+    chunk; `stop_reason`, `seed`, `num_cached_tokens` (of the input), `acceptance_histogram` (the
+    sequence's rounds by how many drafts were accepted) and the seconds come with its last.
     """
 
     text: str
@@ -44,6 +44,7 @@ class Chunk:
     token_ids: tuple[int, ...] = ()
     is_accepted_draft: tuple[bool, ...] = ()
     logprobs: tuple[dict[str, Any], ...] = ()
+    prompt_logprobs: tuple[dict[str, Any], ...] = ()
     seed: int | None = None
     num_cached_tokens: int | None = None
     acceptance_histogram: tuple[int, ...] | None = None
@@ -318,6 +319,7 @@ def _chunk(outputs: dict[str, Any]) -> Chunk:
         token_ids=tuple(token_ids),
         is_accepted_draft=tuple(outputs.get("is_accepted_draft", ())[: len(token_ids)]),
         logprobs=tuple(json.loads(outputs.get("logprobs", b"[]"))),
+        prompt_logprobs=tuple(json.loads(outputs.get("prompt_logprobs", b"[]"))),
         seed=outputs.get("seed"),
         num_cached_tokens=outputs.get("num_cached_tokens"),
         acceptance_histogram=_histogram(outputs.get("acceptance_histogram")),

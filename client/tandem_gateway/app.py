@@ -286,6 +286,8 @@ class _Gateway:
             kind,
             client.model,
             options.get("logprobs"),
+            num_top_of_prompt=request.reading.values.get("prompt_logprobs"),
+            echoes=not options.get("exclude_input_in_output", True),
             request_id=options.get("request_id"),
             with_token_ids=options.get("return_token_ids", False),
             plan=plan,

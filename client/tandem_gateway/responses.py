@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tandem_client import Chunk
+from tandem_gateway import logprobs
 from tandem_gateway.tools.message import Message
 from tandem_gateway.tools.plan import Plan
 
@@ -114,6 +114,8 @@ class Writer:
         model: str,
         num_top: int | None,
         *,
+        num_top_of_prompt: int | None = None,
+        echoes: bool = False,
         request_id: str | None = None,
         with_token_ids: bool = False,
         plan: Plan | None = None,
@@ -122,6 +124,8 @@ class Writer:
 
         Args:
             num_top: how many of the likeliest tokens to report; None for no log probabilities.
+            num_top_of_prompt: the same for `prompt_logprobs`.
+            echoes: whether the text begins with the prompt.
             request_id: what the id ends with; drawn when None.
             with_token_ids: whether to report tokens by their ids.
             plan: how a chat's texts are read, if they hold more than content.
@@ -130,7 +134,8 @@ class Writer:
         self._messages: dict[int, Message] = {}  # by choice
         self._num_top = num_top
         self._with_token_ids = with_token_ids
-        self._offsets: Counter[int] = Counter()  # characters so far, by choice
+        self._num_top_of_prompt = num_top_of_prompt
+        self._echoes = echoes
         self._is_chat = kind == "chat.completion"
         prefix = "chatcmpl" if self._is_chat else "cmpl"
         self.id = f"{prefix}-{request_id or secrets.token_hex(12)}"
@@ -150,7 +155,8 @@ class Writer:
             choice["finish_reason"] = message.finish_reason
         else:
             choice["text"] = chunk.text
-        choice["logprobs"] = self._logprobs(index, [chunk])
+        choice["logprobs"] = self._logprobs([chunk])
+        choice |= self._prompt_logprobs([chunk])
         if self._plan is None:
             choice["accepted_text_length"] = chunk.accepted_text_length
         if self._with_token_ids:
@@ -171,7 +177,7 @@ class Writer:
                 "finish_reason": chunks[-1].finish_reason,
                 "stop_reason": chunks[-1].stop_reason,
                 "seed": chunks[-1].seed,
-                "logprobs": self._logprobs(index, chunks),
+                "logprobs": self._logprobs(chunks),
             }
             if self._is_chat:
                 message = self._message(index)
@@ -179,6 +185,7 @@ class Writer:
                 choice["finish_reason"] = message.finish_reason
             else:
                 choice["text"] = text
+            choice |= self._prompt_logprobs(chunks)
             if self._with_token_ids:
                 choice["token_ids"] = [each for chunk in chunks for each in chunk.token_ids]
             choices.append(choice)
@@ -190,34 +197,18 @@ class Writer:
     def _stream_head(self) -> dict[str, Any]:
         return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})
 
-    def _logprobs(self, index: int, chunks: Iterable[Chunk]) -> dict[str, Any] | None:
+    def _logprobs(self, chunks: Sequence[Chunk]) -> dict[str, Any] | None:
         if self._num_top is None:
             return None
-        # For each token its entries, the chosen one first.
-        tokens = [list(token.values()) for chunk in chunks for token in chunk.logprobs]
-        tops = [
-            sorted((e for e in entries if e["rank"] <= self._num_top), key=lambda e: e["rank"])
-            for entries in tokens
-        ]
-        chosen = [entries[0] for entries in tokens]
+        tokens = [token for chunk in chunks for token in chunk.logprobs]
         if self._is_chat:
-            content = [
-                {**_token(entry), "top_logprobs": [_token(other) for other in top]}
-                for entry, top in zip(chosen, tops, strict=True)
-            ]
-            return {"content": content, "refusal": None}
-        offsets = []
-        for entry in chosen:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(entry["decoded_token"])
-        return {
-            "tokens": [entry["decoded_token"] for entry in chosen],
-            "token_logprobs": [entry["logprob"] for entry in chosen],
-            "top_logprobs": [{e["decoded_token"]: e["logprob"] for e in top} for top in tops],
-            "text_offset": offsets,
-        }
+            return logprobs.of_chat(tokens, self._num_top)
+        prompt = [token for chunk in chunks for token in chunk.prompt_logprobs]
+        return logprobs.of_completion([*prompt, *tokens] if self._echoes else tokens, self._num_top)
 
-
-def _token(entry: dict[str, Any]) -> dict[str, Any]:
-    text = entry["decoded_token"]
-    return {"token": text, "logprob": entry["logprob"], "bytes": list(text.encode())}
+    def _prompt_logprobs(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        """Those of the first chunk, if they were asked for by themselves."""
+        if self._num_top_of_prompt is None or not chunks[0].prompt_logprobs:
+            return {}
+        found = logprobs.of_prompt(chunks[0].prompt_logprobs, self._num_top_of_prompt)
+        return {"prompt_logprobs": found}

@@ -183,6 +183,11 @@ class ChatCompletionRequest(Request):
             raise OptionError("echo", "must be False with messages, got True: they are no text")
         if self.logprobs:
             options["logprobs"] = self.top_logprobs or 0
+        elif self.top_logprobs:
+            raise OptionError(
+                "top_logprobs",
+                f"must come with logprobs: true, got {self.top_logprobs} without it",
+            )
         if self.tools and self.tool_choice != "none":
             options["tools"] = self.tools
         return options
@@ -213,6 +218,9 @@ class CompletionRequest(Request):
         options = super().options()
         if self.logprobs is not None:
             options["logprobs"] = self.logprobs
+            if not options.get("exclude_input_in_output", True):
+                asked = options.get("prompt_logprobs", 0)
+                options["prompt_logprobs"] = max(asked, self.logprobs)
         return options
 
     @property

@@ -116,6 +116,7 @@ _HONOURED = (
     # What comes back.
     Option("stream", "V L", "bool"),
     Option("logprobs", "V", "int"),
+    Option("prompt_logprobs", "V", "int"),
     Option(
         "return_logprobs",
         "V, L, V",

@@ -15,6 +15,8 @@ import triton_python_backend_utils as pb_utils
 from tandem import Delta, Sequence
 from tandem.requests.options import RequestOptions
 from tandem.requests.outputs import output_text, shown_ids
+from tandem.requests.token_bytes import Offsets, token_bytes
+from tandem_triton.logprobs import describe, describe_prompt
 from tandem_triton.metrics import MetricsExporter
 
 
@@ -28,15 +30,23 @@ class Choice:
         tokenizer: Any,
         block_size: int,
         arrived_at: float,
+        echo: str = "",
     ) -> None:
+        """Starts with no tokens.
+
+        Args:
+            echo: text that comes before that of the tokens.
+        """
         self._block_size = block_size
         self.index = index
         self.has_begun = False
         self.ended = False
-        self.text = ""
+        self.text = self._echo = echo
+        self._length = len(echo)  # of the text so far
         self._sequence = sequence
         self._shown = output_text(tokenizer, sequence)
-        self._tokenizer = tokenizer
+        self._tokens = token_bytes(tokenizer)
+        self._offsets = Offsets(self._tokens, len(echo))
         self._arrived_at = arrived_at
         self._first_token_at: float | None = None
         self._last_token_at: float | None = None
@@ -63,9 +73,11 @@ class Choice:
         split = 0 if self.text or len(deltas) > 1 else deltas[0].num_accepted_tokens
         accepted = self._shown.push(shown[:split])
         self._accepted_text_length = len(accepted)
-        self.text += accepted + self._shown.push(shown[split:])
+        text = accepted + self._shown.push(shown[split:])
         if self.ended:
-            self.text += self._shown.flush()
+            text += self._shown.flush()
+        self.text += text
+        self._length += len(text)
         self._token_ids += token_ids
         for delta in deltas:
             self._count(delta)
@@ -82,12 +94,17 @@ class Choice:
         for logprob in delta.logprobs:
             self._cumulative_logprob += logprob.logprob
             self._new_logprobs.append(logprob.logprob)
-            self._logprobs.append(_describe(logprob, self._tokenizer))
+            self._logprobs.append(describe(logprob, self._tokens, self._place(logprob.token_id)))
+
+    def _place(self, token_id: int) -> int:
+        """Where the next token begins in the text."""
+        is_special = token_id in self._tokens.special
+        hidden = is_special and self._sequence.params.skip_special_tokens
+        return self._offsets.place(token_id, hidden=hidden)
 
     def take(self, options: RequestOptions) -> dict[str, Any]:
         """The outputs of a response, which are gone from here then."""
-        self.has_begun = True
-        sequence = self._sequence
+        sequence, is_first, self.has_begun = self._sequence, not self.has_begun, True
         reason = sequence.finish_reason if self.ended else None
         outputs: dict[str, Any] = {
             "text_output": self.text,
@@ -100,7 +117,12 @@ class Choice:
         if options.return_token_ids:
             outputs["output_ids"] = self._token_ids
             outputs["is_accepted_draft"] = self._is_accepted_draft
+        if options.params.prompt_logprobs is not None and is_first:
+            prompt = describe_prompt(sequence, self._tokens, self._echo)
+            outputs["prompt_logprobs"] = json.dumps(prompt)
         if options.params.logprobs is not None:
+            if self.ended:
+                self._clip_offsets()
             outputs["logprobs"] = json.dumps(self._logprobs)
             outputs["output_log_probs"] = self._new_logprobs
             outputs["cumulative_logprob"] = self._cumulative_logprob
@@ -114,6 +136,12 @@ class Choice:
         self._logprobs, self._new_logprobs = [], []
         self._counts.clear()
         return outputs
+
+    def _clip_offsets(self) -> None:
+        """Tokens behind the end of the text, which a stop string may have cut, begin there."""
+        for entries in self._logprobs:
+            chosen = next(iter(entries.values()))
+            chosen["text_offset"] = min(chosen["text_offset"], self._length)
 
     def observe(self, metrics: MetricsExporter) -> None:
         """Reports how long a sequence that has ended took."""
@@ -201,6 +229,7 @@ _DTYPES: dict[str, Any] = {
     "finish_reason": np.object_,
     "stop_reason": np.object_,
     "logprobs": np.object_,
+    "prompt_logprobs": np.object_,
     "seed": np.uint64,
     "is_accepted_draft": bool,
     "arrival_time_ns": np.int64,
@@ -249,18 +278,3 @@ def _new_tensor(name: str, values: list[Any]) -> Any:
 def _nanoseconds(seconds: float | None) -> int:
     assert seconds is not None
     return int(seconds * 1e9)
-
-
-def _describe(logprob: Any, tokenizer: Any) -> dict[str, Any]:
-    """As vLLM's backend writes them: token id -> log probability, rank and text."""
-    entries = {
-        token_id: {"logprob": value, "rank": rank}
-        for rank, (token_id, value) in enumerate(logprob.top, start=1)
-    }
-    chosen = {"logprob": logprob.logprob, "rank": logprob.rank}
-    # The chosen token comes first.
-    entries = {logprob.token_id: chosen} | entries
-    return {
-        str(token_id): {**entry, "decoded_token": tokenizer.decode([token_id])}
-        for token_id, entry in entries.items()
-    }

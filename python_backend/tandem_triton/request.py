@@ -107,13 +107,13 @@ class Request:
                 sequence.seed = (sequence.seed + index) & _MAX_SEED
             # What was drawn is drawn for all, and what was tokenized is not tokenized again.
             drafter, prompt = sequence.drafter, sequence.token_ids
-            choice = Choice(
-                index, sequence, engine.tokenizer, engine.config.block_size, self._arrived_at
+            if options.exclude_input_in_output:
+                echo = ""
+            elif not echo:
+                echo = str(engine.tokenizer.decode(sequence.token_ids))
+            self._choices[sequence] = Choice(
+                index, sequence, engine.tokenizer, engine.config.block_size, self._arrived_at, echo
             )
-            if not options.exclude_input_in_output:
-                echo = echo or str(engine.tokenizer.decode(sequence.token_ids))
-                choice.text = echo
-            self._choices[sequence] = choice
         return list(self._choices)
 
     def reason_to_end(self, ask_seconds: float) -> TandemError | None:

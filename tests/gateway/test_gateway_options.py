@@ -86,6 +86,11 @@ def test_null_is_not_given(upstream: FakeTriton, url: str) -> None:
         ({"metadata": {"a": "b"}, "store": True, "verbosity": "low", "priority": 0}, {}),
         ({"max_completion_tokens": 5}, {"max_tokens": 5}),
         ({"echo": True}, {"exclude_input_in_output": False}),
+        ({"echo": True, "logprobs": 1, "max_tokens": 0}, {"exclude_input_in_output": False,
+          "logprobs": 1, "prompt_logprobs": 1, "max_tokens": 0}),
+        ({"echo": True, "logprobs": 1, "prompt_logprobs": 3}, {"exclude_input_in_output": False,
+          "logprobs": 1, "prompt_logprobs": 3}),
+        ({"prompt_logprobs": "2", "logprobs": 1}, {"prompt_logprobs": 2, "logprobs": 1}),
         ({"nvext": {"ignore_eos": True, "greed_sampling": True, "annotations": []}},
          {"ignore_eos": True, "temperature": 0.0}),
         ({"guided_json": {"type": "object"}}, {"guided_json": {"type": "object"}}),
@@ -128,6 +133,18 @@ def test_what_cannot_be_done_is_refused_by_name(
     error = error_of(answer)
     assert message in error["message"]
     assert error["param"] == name
+
+
+def test_top_logprobs_need_logprobs(upstream: FakeTriton, url: str) -> None:
+    for more in ({}, {"logprobs": False}):
+        answer = chat(url, top_logprobs=2, **more)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == "top_logprobs"
+        assert "logprobs: true" in error["message"]
+    assert chat(url, top_logprobs=0).status_code == 200
+    assert chat(url, top_logprobs=2, logprobs=True, max_tokens=0).status_code == 200
+    assert upstream.options == {"logprobs": 2, "max_tokens": 0}
 
 
 def test_a_chat_cannot_echo(url: str) -> None:

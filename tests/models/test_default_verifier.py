@@ -1,4 +1,7 @@
-"""The default verifier and drafters: greedy text is transformers' own; drafting changes nothing."""
+"""The default verifier and drafters: greedy text and likelihoods are transformers' own.
+
+Drafting changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +46,19 @@ def test_default_verifier_greedy_and_sampled() -> None:
         assert 1 + accepted / drafts > MIN_ACCEPTANCE_LENGTH
         if params is greedy:
             expected = plain
+    scored = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    scores = [output.prompt_logprobs for output in engine.generate(PROMPTS, scored)]
     engine.check_integrity()
     assert engine.load.num_blocks_used == 0
 
     assert engine.tokenizer is not None
     model = AutoModelForCausalLM.from_pretrained(GEMMA, dtype=torch.float32).eval()
-    for prompt, token_ids in zip(PROMPTS, expected, strict=True):
+    for prompt, token_ids, found in zip(PROMPTS, expected, scores, strict=True):
         ids = torch.tensor([engine.tokenizer(prompt)["input_ids"]])
+        with torch.no_grad():
+            rows = model(ids).logits[0, :-1].log_softmax(dim=-1)
+        likelihood = rows.gather(1, ids[0, 1:].unsqueeze(1)).sum().item()
+        assert sum(each.logprob for each in found) == pytest.approx(likelihood, abs=1e-3)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -122,6 +122,29 @@ def test_the_prefix_cache_is_counted_and_kept_apart_by_salt(server: TritonServer
     wait_until(lambda: [metric(server, name) for name in names] == expected)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored(server: TritonServer, engine: Engine, stream: bool) -> None:
+    """The log probabilities of its tokens, without any of an answer; with the first response."""
+    ids = engine.tokenizer(PROMPT)["input_ids"]
+    sent = {"sampling_parameters": json.dumps({"prompt_logprobs": 2}), "stream": stream}
+    (output,) = engine.generate([ids], SamplingParams(max_tokens=0, prompt_logprobs=2))
+    for limit in (0, 12):
+        responses = ask(server, **{**COMMON, "max_tokens": limit}, **sent)
+        assert sum(response["num_output_tokens"][0] for response in responses) == limit
+        assert responses[-1]["finish_reason"] == [b"length"]
+        assert text_of(responses) == (offline(engine, max_tokens=limit) if limit else "")
+        assert ["prompt_logprobs" in each for each in responses] == [
+            number == 0 for number, _ in enumerate(responses)
+        ]
+        first, *others = json.loads(responses[0]["prompt_logprobs"][0])
+        assert next(iter(first.values()))["logprob"] is None
+        for entry, found in zip(others, output.prompt_logprobs, strict=True):
+            (token_id, chosen), *_ = entry.items()
+            assert int(token_id) == found.token_id
+            assert chosen["logprob"] == pytest.approx(found.logprob, abs=1e-4)
+            assert {int(each) for each in entry} == {found.token_id, *dict(found.top)}
+
+
 def test_logprobs_by_their_other_names(server: TritonServer) -> None:
     for name in ("return_logprobs", "return_log_probs", "return_cumulative_logprob"):
         (response,) = ask(server, **{name: True}, **COMMON)

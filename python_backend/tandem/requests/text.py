@@ -53,8 +53,8 @@ class Detokenizer:
         return "".join(self.push([token_id]) for token_id in token_ids)
 
     def flush(self) -> str:
-        """What is left at the end; half a character comes out as U+FFFD."""
-        return self._take(final=True)
+        """What is left at the end, but for half a character."""
+        return self._take(final=True).rstrip(_INCOMPLETE)
 
     def _take(self, *, final: bool) -> str:
         known = self._decode(self._token_ids[self._context : self._emitted])
