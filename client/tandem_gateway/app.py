@@ -47,7 +47,7 @@ from tandem_gateway.security import PAGE, PAGE_POLICY, SecurityHeaders
 from tandem_gateway.streaming import events
 from tandem_gateway.tokenization import Tokenization
 from tandem_gateway.tools.messages import for_template
-from tandem_gateway.tools.plan import Parsers, plan_of
+from tandem_gateway.tools.plan import Parsers, Plan, plan_of
 from tandem_options import OptionError, UnknownNames
 
 _POLL_SECONDS = 0.1
@@ -272,12 +272,14 @@ class _Gateway:
         """What writes the answer, what comes from the server, and the answer's headers."""
         client = await self._models.find(request.model)
         options, prompts, unknown = request.options(), request.prompts, request.reading.unknown
-        plan = None
+        plan: Plan | None = None
+        ignored: Sequence[str] = ()
         if isinstance(request, ChatCompletionRequest):
             template = (await self._models.describe(request.model)).chat_template or ""
             prompts = [for_template(request.messages, template)]
             plan = plan_of(request, template, self._parsers)
             options |= cast("Options", plan.options if plan else {})
+            ignored = plan.ignored if plan else ()
         if self._strict and unknown:
             message = f"{unknown[0]}: there is no such field, and the gateway was told to be strict"
             raise APIError(400, message, "unknown_field", unknown[0])
@@ -297,11 +299,11 @@ class _Gateway:
         options["traceparent"] = traceparent if _TRACEPARENT.fullmatch(traceparent) else ""
         payer = Payer(http.scope[KEY], http.scope[OWNER])
         chunks = self._generator.chunks(client, prompts, options, request.num_answers, payer)
-        return writer, chunks, {"x-request-id": writer.id} | _ignored(unknown)
+        return writer, chunks, {"x-request-id": writer.id} | _ignored([*unknown, *ignored])
 
 
 def _ignored(names: Sequence[str]) -> dict[str, str]:
-    """The header that tells of fields that nobody knows."""
+    """The header that tells of fields that nobody knows, or that can't be honoured."""
     shown = [quote(name[:_MAX_NAME], safe="") for name in names[:_MAX_NAMES]]
     return {"x-tandem-ignored": ",".join(shown)} if shown else {}
 

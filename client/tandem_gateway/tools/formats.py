@@ -18,6 +18,22 @@ from tandem_gateway.tools.whole_calls import (
 
 
 @dataclass(frozen=True)
+class CallSyntax:
+    """How calls are written that can be held to a schema: as JSON, without a special token.
+
+    Attributes:
+        arguments: their key, behind that of the name.
+        begin, end: the marks around each call; empty where calls are all of the text.
+        between: what parts calls.
+    """
+
+    arguments: str
+    begin: str = ""
+    end: str = ""
+    between: str = ""
+
+
+@dataclass(frozen=True)
 class ToolFormat:
     """How a model calls tools.
 
@@ -28,6 +44,7 @@ class ToolFormat:
         bare: with what calls begin at the start of a text that has no mark.
         has_special_marks: whether they are special tokens, which a text doesn't show by default.
         hidden: marks to be left out of the text, should they show.
+        syntax: for `strict` functions; None if they can't be held to their schemas.
     """
 
     sign: str
@@ -36,6 +53,7 @@ class ToolFormat:
     bare: str = ""
     has_special_marks: bool = False
     hidden: tuple[str, ...] = ()
+    syntax: CallSyntax | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,7 @@ TOOL_FORMATS = {
         sign=r"<tool_call>",
         read=lambda source, tools: read_objects(source, tools, end="</tool_call>"),
         marks=("<tool_call>",),
+        syntax=CallSyntax("arguments", begin="<tool_call>", end="</tool_call>"),
     ),
     "mistral": ToolFormat(
         sign=r"\[TOOL_CALLS\]",
@@ -89,6 +108,7 @@ TOOL_FORMATS = {
         bare="{",
         has_special_marks=True,
         hidden=("<|eot_id|>", "<|eom_id|>"),
+        syntax=CallSyntax("parameters", between=";"),
     ),
 }
 REASONING_FORMATS = {

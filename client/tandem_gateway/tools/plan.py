@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from tandem_gateway.tools.formats import (
     reasoning_format_of,
     tool_format_of,
 )
+from tandem_gateway.tools.grammars import closed, forced_calls, strict_calls
 from tandem_gateway.tools.reader import FORCED, AnswerReader
 from tandem_gateway.tools.whole_calls import Schemas
 from tandem_options import OptionError
@@ -66,10 +66,12 @@ class Plan:
     Attributes:
         arguments: of `AnswerReader`.
         options: the server's, beside those of the request.
+        ignored: fields of the request that can't be honoured.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
 
     def reader(self) -> AnswerReader:
         """A reader for one answer."""
@@ -93,17 +95,26 @@ def plan_of(request: ChatCompletionRequest, template: str, parsers: Parsers) -> 
         if name not in schemas:
             known = ", ".join(schemas)
             raise OptionError("tool_choice", f"must be one of {known}, got {shorten(repr(name))}")
-        return Plan({"named": name}, _guide(request, {"json": _closed(schemas[name])}))
+        return Plan({"named": name}, _guide(request, {"json": closed(schemas[name])}))
     if schemas and choice == "required":
         read = {"calls": FORCED, "schemas": schemas}
-        return Plan(read, _guide(request, {"grammar": _calls_grammar(schemas, one=one)}))
+        return Plan(read, _guide(request, {"grammar": forced_calls(schemas, one=one)}))
     if choice == "required" or not isinstance(choice, str):
         raise OptionError("tool_choice", "needs tools, and there are none")
     calls = parsers.tool_format(template) if schemas and choice == "auto" else None
+    guided = bool(_guided_by(request))
     # A text that has to match something holds no thoughts.
-    reasoning = None if _guided_by(request) else parsers.reasoning_format(template)
-    if calls is None and reasoning is None:
+    reasoning = None if guided else parsers.reasoning_format(template)
+    strict = _strict(request) if choice == "auto" and not guided else []
+    if calls is None and reasoning is None and not strict:
         return None
+    options: dict[str, Any] = {}
+    if _has_special_marks(calls, reasoning):
+        options["skip_special_tokens"] = False
+    if strict and calls is not None and calls.syntax is not None:
+        grammar = strict_calls(calls.syntax, schemas, strict, one=one)
+        options["structured_outputs"] = {"grammar": grammar}
+        strict = []
     return Plan(
         {
             "calls": calls,
@@ -114,8 +125,15 @@ def plan_of(request: ChatCompletionRequest, template: str, parsers: Parsers) -> 
             and request.begins_answer
             and _begins_thinking(template, reasoning),
         },
-        {"skip_special_tokens": False} if _has_special_marks(calls, reasoning) else {},
+        options,
+        ["tools.function.strict"] if strict else [],
     )
+
+
+def _strict(request: ChatCompletionRequest) -> list[str]:
+    """The functions whose arguments have to follow their schemas."""
+    functions = [tool["function"] for tool in request.tools or ()]
+    return [function["name"] for function in functions if function.get("strict") is True]
 
 
 def _schemas(request: ChatCompletionRequest) -> Schemas:
@@ -154,51 +172,6 @@ def _guided_by(request: ChatCompletionRequest) -> str:
     if request.response_format is not None and request.response_format.type != "text":
         return "response_format"
     return next((name for name in _GUIDES if name in request.reading.values), "")
-
-
-def _calls_grammar(schemas: Schemas, *, one: bool) -> str:
-    """A list of calls, as `FORCED` reads them; each schema may refer to parts of itself."""
-    rules = []
-    for number, (name, parameters) in enumerate(schemas.items()):
-        head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
-        schema = _closed(parameters) | {"x-guidance": {"whitespace_flexible": False}}
-        rules += [f'call{number}: {head} arguments{number} "}}"']
-        rules += [f"arguments{number}: %json {json.dumps(schema)}"]
-    calls = " | ".join(f"call{number}" for number in range(len(schemas)))
-    more = "" if one else ' (", " call)*'
-    return "\n".join([f'start: "[" call{more} "]"', f"call: {calls}", *rules])
-
-
-def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema without parameters that it doesn't name: a function would not know them.
-
-    Where several schemas hold together, each names but a part, so they are left as they are.
-    """
-    return dict(schema) if _combines(schema) else _close(dict(schema))
-
-
-def _combines(schema: Any) -> bool:
-    parts = schema.values() if isinstance(schema, Mapping) else schema
-    if isinstance(schema, Mapping) and "allOf" in schema:
-        return True
-    return isinstance(schema, (Mapping, list)) and any(map(_combines, parts))
-
-
-def _close(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return schema
-    closed = dict(schema)
-    for name in ("properties", "$defs", "definitions"):
-        if isinstance(parts := schema.get(name), dict):
-            closed[name] = {key: _close(part) for key, part in parts.items()}
-    if "items" in schema:
-        closed["items"] = _close(schema["items"])
-    if "properties" in schema:
-        return {"additionalProperties": False} | closed
-    for name in ("anyOf", "oneOf"):
-        if isinstance(parts := schema.get(name), list):
-            closed[name] = [_close(part) for part in parts]
-    return closed
 
 
 def _begins_thinking(template: str, reasoning: ReasoningFormat) -> bool:
