@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import uvicorn
@@ -35,7 +37,8 @@ ENVIRONMENTS = ROOT / ".clients"
 PAGE = ROOT / "docs" / "clients.md"
 RECORDED = ROOT / "tests" / "server" / "recorded"
 MODEL, CHAT_MODEL = "tandem", "tandem_chat"
-_TOKENIZER = ROOT / ".models" / "gemma-3-270m"
+_REPOSITORY = ROOT / "model_repository"
+_VERIFIER = ROOT / ".models" / "gemma-3-270m"
 _SECONDS = 600
 _MARKS = ("<!-- what was run -->\n", "<!-- end of what was run -->\n")
 _STREAMS = "8 chats that are streamed, 2 at a time"
@@ -80,7 +83,7 @@ CLIENTS = (
     _program("haystack", "haystack-ai"),
     _program("smolagents", "smolagents[openai,litellm]"),
     _program("dspy"),
-    _program("lm-eval", "lm-eval[api]", "transformers"),
+    _program("lm-eval", "lm-eval[api,hf]", "torch==2.13.0", "transformers"),
     _program("tritonclient", "tritonclient[all]", file="triton_client"),
     Client(
         "aiperf",
@@ -234,7 +237,7 @@ def _run(client: Client, values: dict[str, str]) -> list[str]:
         "TRITON_GRPC": values["grpc"],
         "MODEL": MODEL,
         "CHAT_MODEL": CHAT_MODEL,
-        "TOKENIZER": str(_TOKENIZER),
+        "VERIFIER": str(_VERIFIER),
         "NODE_PATH": str(folder / "node_modules"),
     }
     environment.pop("PYTHONPATH", None)
@@ -272,7 +275,7 @@ def _run(client: Client, values: dict[str, str]) -> list[str]:
 @contextmanager
 def serving() -> Iterator[tuple[dict[str, str], Recorder]]:
     """A server with both models, its gateway, and what notes their requests; where they are."""
-    with TritonServer(ROOT / "model_repository") as server:
+    with TemporaryDirectory() as folder, TritonServer(_in_float32(Path(folder))) as server:
         ports = [_free_port() for _ in range(2)]
         command = [sys.executable, "-m", "tandem_gateway.cli", "--url", server.grpc_url]
         gateway = subprocess.Popen([*command, "--port", str(ports[0])])
@@ -299,6 +302,15 @@ def serving() -> Iterator[tuple[dict[str, str], Recorder]]:
                 thread.join()
             gateway.terminate()
             gateway.wait()
+
+
+def _in_float32(folder: Path) -> Path:
+    """A copy of the repository, with models in the type that likelihoods are compared in."""
+    copy = Path(shutil.copytree(_REPOSITORY, folder / "repository"))
+    for path in copy.glob("*/1/model.json"):
+        config = path.read_text(encoding="utf-8").replace("../../..", str(ROOT))
+        path.write_text(json.dumps({**json.loads(config), "dtype": "float32"}), encoding="utf-8")
+    return copy
 
 
 def _free_port() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,5 +65,7 @@ def _shape(value: Any) -> Any:
         kept = {name: value[name] for name in ("method", "path", "role", "type") if name in value}
         return {name: _shape(each) for name, each in value.items()} | kept
     if isinstance(value, list):
-        return [_shape(each) for each in value]
+        shapes = [_shape(each) for each in value]
+        # However many of a kind follow one another.
+        return [shape for shape, _ in groupby(shapes)]
     return value if value is None or isinstance(value, bool) else type(value).__name__

@@ -127,9 +127,21 @@ def call_of(name: str, arguments: str) -> dict[str, Any]:
         (CALL, {"tool_choice": "none"}, {"content": CALL, "finish_reason": "stop"}),
         (CALL, {"tools": []}, {"content": CALL, "finish_reason": "stop"}),
         (
-            "It is sunny.",
+            CALL,
             {"tools": None, "functions": [WEATHER["function"]], "function_call": "auto"},
-            {"content": "It is sunny.", "finish_reason": "stop"},
+            {
+                "tool_calls": [call_of("weather", '{"city": "Paris"}')],
+                "finish_reason": "tool_calls",
+            },
+        ),
+        (
+            '{"city": "Rome"}',
+            {
+                "tools": None,
+                "functions": [WEATHER["function"]],
+                "function_call": {"name": "weather"},
+            },
+            {"tool_calls": [call_of("weather", '{"city": "Rome"}')], "finish_reason": "tool_calls"},
         ),
     ],
 )

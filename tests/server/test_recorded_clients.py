@@ -21,6 +21,8 @@ from tandem_runtime.server import TritonServer
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.json"))
 # The server's own, in the places of the base model and of the chat model.
 MOST = 40
+# What clients look for, and do without.
+NOT_HERE = {"/tokenizer_info"}
 MODELS = {"tandem": "tandem", "tandem_chat": "short_queue"}
 
 
@@ -36,11 +38,14 @@ def test_what_clients_send_is_answered(url: str, engine: Engine, path: Path) -> 
     for request in json.loads(path.read_text()):
         if "body" not in request:
             answer = requests.request(request["method"], url + request["path"], timeout=TIMEOUT)
-            assert answer.status_code == 200, request["path"]
+            there_is = request["path"] not in NOT_HERE
+            assert answer.status_code == (200 if there_is else 404), request["path"]
             continue
         # The model may choose other tokens each time.
         body = {"seed": 1} | request["body"]
         body["model"] = MODELS[body["model"].rpartition("/")[2]]
+        if "prompt" in body:
+            body["prompt"] = within_vocabulary(body["prompt"], len(engine.tokenizer))
         # A model of no sense doesn't end by itself.
         limit = "max_output_tokens" if "input" in body else "max_completion_tokens"
         if "prompt" not in body and body.get("max_tokens", body.get(limit)) is None:
@@ -50,7 +55,11 @@ def test_what_clients_send_is_answered(url: str, engine: Engine, path: Path) -> 
 
 
 def check_completion(url: str, body: dict[str, Any], engine: Engine) -> None:
-    whole = Completion.model_validate(post(url, body | {"stream": False}))
+    answer = post(url, body | {"stream": False})
+    if body.get("echo") and body.get("logprobs") is not None:
+        check_likelihoods(answer, body, engine)
+        return
+    whole = Completion.model_validate(answer)
     # The package has no name for the pieces of a stream, whose reasons are null up to the last.
     for index, choice in enumerate(whole.choices):
         pieces = [c for part in stream(url, body) for c in part["choices"] if c["index"] == index]
@@ -61,6 +70,26 @@ def check_completion(url: str, body: dict[str, Any], engine: Engine) -> None:
         params = SamplingParams(temperature=0, max_tokens=body["max_tokens"])
         (expected,) = engine.generate([body["prompt"]], params)
         assert whole.choices[0].text == expected.text
+
+
+def check_likelihoods(answer: Any, body: dict[str, Any], engine: Engine) -> None:
+    """Of prompts as tokens, as suites that evaluate models ask for them."""
+    prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+    scored = engine.generate(prompts, SamplingParams(max_tokens=0, prompt_logprobs=0))
+    for choice, expected in zip(answer["choices"], scored, strict=True):
+        # The first is null, which the package has no type for.
+        first, *found = choice["logprobs"]["token_logprobs"]
+        assert first is None
+        assert len(found) == len(expected.prompt_logprobs) + body["max_tokens"]
+        for one, other in zip(found, expected.prompt_logprobs, strict=False):
+            assert one == pytest.approx(other.logprob, abs=1e-4)
+
+
+def within_vocabulary(prompt: Any, size: int) -> Any:
+    """The prompt, with token ids that the server's model has."""
+    if isinstance(prompt, list):
+        return [within_vocabulary(each, size) for each in prompt]
+    return prompt % size if isinstance(prompt, int) else prompt
 
 
 def check_chat(url: str, body: dict[str, Any], _: Engine) -> None:
