@@ -123,7 +123,12 @@ def _refuses(peer: socket.socket, host: str, url: str, tls: TLS) -> str:
             f"the certificate of the server at {url} is not trusted: {error.verify_message}; "
             "name who issued it (--ca-certificate), and the server as the certificate does"
         )
+    except TimeoutError:
+        return ""
     except OSError as error:
+        # An alert is TLS: the server speaks it, and wants something else.
+        if "ALERT" in str(getattr(error, "reason", "")):
+            return f"the server at {url} refuses the TLS handshake: {error}"
         return f"the server at {url} doesn't speak TLS ({error}): leave --tls out"
     with encrypted:
         # A server judges a client's certificate after the handshake. One that is content speaks.

@@ -11,6 +11,8 @@ from tandem_gateway.errors import APIError, shorten
 
 _VALID_SECONDS = 1.0
 _ANSWER_SECONDS = 5.0
+# A model may be loaded anew, with another chat template.
+_DESCRIBED_SECONDS = 60.0
 
 
 class Models:
@@ -29,7 +31,8 @@ class Models:
         self._any_name = any_name
         self._is_fixed = bool(names)
         self._clients = {name: client.for_model(name) for name in names}
-        self._descriptions: dict[str, Description] = {}
+        # By name, with when they are asked for again.
+        self._descriptions: dict[str, tuple[Description, float]] = {}
         self._lock = asyncio.Lock()
         self._asked_at = float("-inf")
 
@@ -68,21 +71,28 @@ class Models:
         return clients[meant]
 
     async def describe(self, name: str) -> Description:
-        """What a model is; it is asked once.
+        """What a model is; it is asked once a minute at most.
 
         Raises:
             APIError: there is no such model.
-            TandemClientError: the model doesn't say.
+            TandemClientError: the model has never said.
         """
         client = await self.find(name)
         name = client.model
-        if name not in self._descriptions:
-            try:
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    self._descriptions[name] = await client.describe()
-            except TimeoutError:
+        known, until = self._descriptions.get(name, (None, 0.0))
+        if known is not None and time.monotonic() < until:
+            return known
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                known = await client.describe()
+        except TimeoutError:
+            if known is None:
                 raise RequestTimeoutError(f"the model {name!r} doesn't answer") from None
-        return self._descriptions[name]
+        except TandemClientError:
+            if known is None:
+                raise
+        self._descriptions[name] = known, time.monotonic() + _DESCRIBED_SECONDS
+        return known
 
     async def are_ready(self) -> bool:
         """Whether there are models, and all of them take requests."""

@@ -119,7 +119,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def _answer(self, request: Any, answers: asyncio.Queue[Any]) -> None:
         is_ping = "tandem_ping" in request.parameters
         self.num_pings += is_ping
-        if "tandem_query" in request.parameters:
+        is_dead = self.state == "dead" or request.model_name in self.dead_models
+        if "tandem_query" in request.parameters and not is_dead:
             text = json.dumps(self._tell(request))
             await answers.put(_chunk(request, text, final=True))
             return
@@ -127,7 +128,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.asked.append(request.model_name)
         if self.state == "stopped":
             await asyncio.Event().wait()
-        if self.state == "dead" or request.model_name in self.dead_models:
+        if is_dead:
             await asyncio.sleep(1)
             await answers.put(_failure(request, "Stub process 'tandem_0_0' is not healthy."))
         elif is_ping and self.state == "draining":

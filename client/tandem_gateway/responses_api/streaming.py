@@ -18,10 +18,10 @@ async def response_events(
 ) -> AsyncIterator[str]:
     """Server-sent events; closed early, it cancels the request on the server."""
     usage = Usage()
-    for event in response.begin():
-        yield _sent(event)
     async with aclosing(chunks):  # type: ignore[type-var]
         try:
+            for event in response.begin():
+                yield _sent(event)
             usage.add(*first)
             for event in response.add(writer.chunk(*first)):
                 yield _sent(event)
