@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from made_up_costs import costs
-from tandem import Engine, EngineConfig, SamplingParams
+from tandem import Engine, EngineConfig, SamplingParams, calibration
 from tandem.cache_files import keep_file
 from tandem.lookahead.adaptive import AdaptiveLookahead
-from tandem.lookahead.costs import CostModel, Costs, Curve
+from tandem.lookahead.costs import CostModel, Costs
+from tandem.lookahead.curve import Curve
 from tiny_engines import TinyModels
 
 
@@ -113,6 +114,38 @@ def test_a_sound_file_without_costs_is_made_anew(
     assert len(kept(tmp_path)) == 1
 
 
+def test_costs_of_a_busy_machine_are_not_kept(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(calibration, "_BUSY", -1.0)
+    assert isinstance(load().lookahead, AdaptiveLookahead)
+    assert "the next start measures again" in caplog.text
+    assert kept(tmp_path) == []
+
+
+def test_old_costs_are_measured_again(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load()
+    [path] = kept(tmp_path)
+    monkeypatch.setattr(calibration, "_MAX_AGE_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "tandem"):
+        load()
+    assert f"{path} is from another time, measuring again" in caplog.text
+
+
+def test_costs_that_service_disagrees_with_for_long_are_dropped(
+    load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load().lookahead.costs
+    assert len(kept(tmp_path)) == 1
+    for _ in range(2000):
+        model.observe_verify(1, 1, 0, model._costs.verify(1))
+        model.observe_verify(16, 1, 0, 4 * model._costs.verify(16))
+    assert kept(tmp_path) == []
+    assert "measured costs of passes are wrong here" in caplog.text
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -126,6 +159,8 @@ def test_a_sound_file_without_costs_is_made_anew(
         {"sequence": None},
         {"prompt_token": float("inf")},
         {"draft": []},
+        {"spread": None},
+        {"measured_at": "today"},
         {"draft": {"ngram": {"begin": {"1": 0}}}},
         {"draft": {"ngram": {"begin": {}, "guess": {"1": 0}}}},
     ],
@@ -151,7 +186,7 @@ def test_costs_survive_a_file() -> None:
 
 def test_a_curve_is_linear_between_points_and_beyond() -> None:
     curve = Curve({2: 1.0, 4: 2.0, 8: 1.5})  # more never costs less
-    assert [curve(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [1.0, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
+    assert [curve(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [1.0, 1.0, 1.25, 1.5, 1.5, 1.5, 1.5]
     assert Curve({1: 3.0})(100) == 3.0
 
 

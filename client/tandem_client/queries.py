@@ -53,12 +53,17 @@ class Tokens:
 class TokensOptions(TypedDict, total=False):
     """How to tokenize.
 
-    `add_special_tokens` (true) is for text. `add_generation_prompt` (true) and `tools` are for
-    conversations. `return_token_strs` asks for `Tokens.texts`.
+    `add_special_tokens` is true for text, and false for conversations, whose template writes them.
+    `add_generation_prompt` (true unless the last message goes on), `continue_final_message`,
+    `chat_template_kwargs`, `reasoning_effort` and `tools` are for conversations.
+    `return_token_strs` asks for `Tokens.texts`.
     """
 
     add_special_tokens: bool
     add_generation_prompt: bool
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any]
+    reasoning_effort: str
     tools: Sequence[Mapping[str, Any]]
     return_token_strs: bool
 

@@ -28,6 +28,9 @@ class TokenizeRequest(BaseModel):
     tools: Values[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     return_token_strs: bool | None = None
 
 
@@ -55,8 +58,7 @@ class Tokenization:
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """`POST /tokenize`."""
         client = await self._find(request.model)
-        names = ("tools", "add_special_tokens", "add_generation_prompt", "return_token_strs")
-        options: Any = {name: getattr(request, name) for name in names}
+        options: Any = request.model_dump(exclude={"model", "prompt", "messages"})
         description = await self._models.describe(client.model)
         prompt = _prompt(request, description.chat_template or "")
         tokens = await self._in_time(client.tokenize(prompt, **options))

@@ -12,9 +12,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import cycle, islice
+from statistics import median, median_high
 from typing import TypeVar
 
 import torch
@@ -26,7 +27,8 @@ from tandem.config import EngineConfig
 from tandem.drafter_config import NO_DRAFTER
 from tandem.drafters.drafter import Drafter
 from tandem.lookahead.adaptive import AdaptiveLookahead
-from tandem.lookahead.costs import CostModel, Costs, Curve, DraftCosts
+from tandem.lookahead.costs import CostModel, Costs, DraftCosts
+from tandem.lookahead.curve import Curve
 from tandem.lookahead.lookahead import Lookahead
 from tandem.machine import code_hash
 from tandem.models.verifier import Verifier, VerifierOutput
@@ -42,6 +44,12 @@ _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 _CONTEXT = 64
 _REPETITIONS = 4
+# What contradicts other figures by so much is looked at again, so many times at most.
+_DOUBTFUL, _MORE_LOOKS = 1.1, 3
+# Repetitions that usually differ by so much: something else has the machine.
+_BUSY = 0.5
+# Kernels, drivers and microcode change.
+_MAX_AGE_SECONDS = 30 * 24 * 3600.0
 _GUESSES = 3
 # Rows of a sequence, where there are enough sequences.
 _ROWS_EACH = 4
@@ -56,8 +64,10 @@ def make_lookahead(config: EngineConfig, calibration: Calibration) -> Lookahead:
     """The lookahead that the configuration asks for, with what drafting costs here."""
     if config.lookahead == "fixed" or not config.drafter_configs:
         return Lookahead()
-    costs = CostModel(calibrate(config, calibration))
-    return AdaptiveLookahead(costs, config.max_prefill_slowdown)
+    costs = calibrate(config, calibration)
+    name = _file_name(config, calibration.wing)
+    model = CostModel(costs, when_wrong=partial(_drop, name))
+    return AdaptiveLookahead(model, config.max_prefill_slowdown)
 
 
 def calibrate(config: EngineConfig, calibration: Calibration) -> Costs:
@@ -72,6 +82,13 @@ def calibrate(config: EngineConfig, calibration: Calibration) -> Costs:
         time.monotonic() - started,
         ", ".join(f"{rows}: {1e3 * s:.1f} ms" for rows, s in costs.verify.points.items()),
     )
+    if costs.spread > _BUSY:
+        logger.warning(
+            "the machine was busy while costs were measured (repetitions differ by %.0f %%): "
+            "service corrects them, and the next start measures again",
+            100 * costs.spread,
+        )
+        return costs
     text = json.dumps(costs.to_json(), indent=1)
     try:
         keep_file(name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -96,8 +113,26 @@ def _kept(name: str) -> Costs | None:
         logger.warning("%s holds no costs, measuring again: %s", path, error)
         path.unlink(missing_ok=True)
         return None
+    age = time.time() - costs.measured_at
+    if not -_MAX_AGE_SECONDS < age < _MAX_AGE_SECONDS:
+        logger.info("%s is from another time, measuring again", path)
+        path.unlink(missing_ok=True)
+        return None
     logger.info("costs of drafting and verifying: from %s", path)
     return costs
+
+
+def _drop(name: str, distortion: float) -> None:
+    """Forgets costs that service disagrees with for long."""
+    logger.warning(
+        "the measured costs of passes are wrong here: some sizes by %.1f times as much as others; "
+        "they are corrected, and the next start measures again",
+        distortion,
+    )
+    with suppress(OSError):
+        path = find_file(name)
+        if path is not None:
+            path.unlink(missing_ok=True)
 
 
 def _file_name(config: EngineConfig, wing: Wing) -> str:
@@ -128,6 +163,7 @@ class Calibration:
         self.wing = wing_of(model.device)
         self._drafts: list[int] = []
         self._num_made = 0
+        self._spreads: list[float] = []
         self._vocab_size: int = model.config.get_text_config().vocab_size
 
     @torch.inference_mode()
@@ -140,6 +176,8 @@ class Calibration:
                 sequence=sequence,
                 prompt_token=self._prompt_token_cost(sequences[0]),
                 draft={name: self._draft_costs(name, sequences) for name in self._drafters},
+                spread=median(self._spreads),
+                measured_at=time.time(),
             )
 
     @property
@@ -246,7 +284,9 @@ class Calibration:
                 self.wing.synchronize()
                 seconds[key].append(time.perf_counter() - started)
         # The first only warms up.
-        return {key: min(each[1:]) for key, each in seconds.items()}
+        shortest = {key: min(each[1:]) for key, each in seconds.items()}
+        self._spreads += [median_high(seconds[key][1:]) / shortest[key] - 1 for key in runs]
+        return shortest
 
     def _pass(self, sequences: list[Sequence], num_rows: int) -> Callable[[], object]:
         """A pass over so many rows, dealt evenly to the sequences."""
@@ -274,6 +314,12 @@ class Calibration:
             for count, num_rows in [*layouts, (spread, spread)]
         }
         seconds = self._time(runs)
+        for _ in range(_MORE_LOOKS):
+            found = {num_rows: seconds[count, num_rows] for count, num_rows in layouts}
+            again = {key: runs[key] for key in layouts if key[1] in doubtful(found)}
+            if not again:
+                break
+            seconds |= {key: min(seconds[key], s) for key, s in self._time(again).items()}
         more = spread - counts[spread]
         sequence = 0.0
         if more:
@@ -313,3 +359,19 @@ class Calibration:
 
     def _drafting(self, name: str, sequences: list[Sequence], guesses: int) -> Callable[[], object]:
         return lambda: self._round.guess(name, sequences, guesses)
+
+
+def doubtful(seconds: Mapping[int, float]) -> list[int]:
+    """The counts that seem to have been disturbed, which only ever adds to a time.
+
+    More never costs less, and so many times as many never more than so many times as much.
+    """
+    return [
+        count
+        for count, found in seconds.items()
+        if any(
+            found > _DOUBTFUL * other * max(1.0, count / smaller)
+            for smaller, other in seconds.items()
+            if smaller != count
+        )
+    ]

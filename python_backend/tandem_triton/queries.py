@@ -14,8 +14,9 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from tandem import Engine, InvalidRequestError, TandemError
-from tandem.errors import shorten
+from tandem.errors import refusing, shorten
 from tandem.requests.options import PromptOptions, parse_json
+from tandem_options.values import convert
 from tandem_triton.choice import output_tensor
 from tandem_triton.inputs import read_ids, read_prompt, read_tensor
 from tandem_triton.request import MAX_MESSAGE, request_parameters
@@ -26,6 +27,9 @@ _PARAMETER = "tandem_query"
 _OPTIONS = (
     "add_special_tokens",
     "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "reasoning_effort",
     "return_token_strs",
     "skip_special_tokens",
 )
@@ -88,20 +92,34 @@ class _Options:
         self._given = parameters
         for tensor in request.inputs():
             if tensor.name() == "sampling_parameters":
-                self._given |= parse_json("sampling_parameters", read_tensor(tensor))
+                text = read_tensor(tensor)
+                self._given |= parse_json("sampling_parameters", text) if text else {}
         for name in self._given:
             if name not in _OPTIONS:
                 raise InvalidRequestError(
                     f"unknown parameter {shorten(name)}; a {_PARAMETER} has {', '.join(_OPTIONS)}"
                 )
 
-    def flag(self, name: str, default: bool) -> bool:
+    def flag(self, name: str) -> bool | None:
         value = self._given.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise InvalidRequestError(f"{name} must be true or false, got {shorten(value)}")
-        return value
+        if value is None or isinstance(value, bool):
+            return value
+        raise InvalidRequestError(f"{name} must be true or false, got {shorten(value)}")
+
+    def prompt(self) -> PromptOptions:
+        """How a prompt becomes tokens, as in a request."""
+        with refusing():
+            effort, told = (
+                None if self._given.get(name) is None else convert(name, self._given[name], kind)
+                for name, kind in (("reasoning_effort", "str"), ("chat_template_kwargs", "object"))
+            )
+        return PromptOptions(
+            add_special_tokens=self.flag("add_special_tokens"),
+            add_generation_prompt=self.flag("add_generation_prompt"),
+            continue_final_message=self.flag("continue_final_message") or False,
+            chat_template_kwargs=told or {},
+            reasoning_effort=effort,
+        )
 
 
 def _describe(_: Any, options: _Options, engine: Engine) -> dict[str, Any]:
@@ -125,25 +143,23 @@ def _describe(_: Any, options: _Options, engine: Engine) -> dict[str, Any]:
 def _tokenize(request: Any, options: _Options, engine: Engine) -> dict[str, Any]:
     tokenizer = engine.tokenizer
     assert tokenizer is not None
-    begins = options.flag("add_generation_prompt", True)
-    prompt = read_prompt(
-        request, tokenizer, engine.text_limits, PromptOptions(add_generation_prompt=begins)
-    ).content
+    prompt, is_chat = read_prompt(request, tokenizer, engine.text_limits, options.prompt())
     if isinstance(prompt, str):
         engine.text_limits.check_text("text_input", prompt)
-        special = options.flag("add_special_tokens", True)
-        token_ids: list[int] = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        token_ids: list[int] = list(tokenizer(prompt)["input_ids"])
     else:
         token_ids = prompt
         engine.check_token_ids("input_ids", token_ids)
-        if options.flag("add_special_tokens", False):
-            raise InvalidRequestError(
-                "add_special_tokens: true is for text_input; a chat template writes its own"
-            )
+        if options.flag("add_special_tokens") and not is_chat and "input_ids" in _names(request):
+            raise InvalidRequestError("add_special_tokens: true is for text, not for input_ids")
     answer: dict[str, Any] = {"token_ids": token_ids}
-    if options.flag("return_token_strs", False):
+    if options.flag("return_token_strs"):
         answer["token_strs"] = tokenizer.convert_ids_to_tokens(token_ids)
     return answer
+
+
+def _names(request: Any) -> set[str]:
+    return {tensor.name() for tensor in request.inputs()}
 
 
 def _detokenize(request: Any, options: _Options, engine: Engine) -> dict[str, Any]:
@@ -155,7 +171,7 @@ def _detokenize(request: Any, options: _Options, engine: Engine) -> dict[str, An
     token_ids = read_ids(tensors["input_ids"])
     engine.text_limits.check_count("input_ids", len(token_ids))
     engine.check_token_ids("input_ids", token_ids)
-    special = options.flag("skip_special_tokens", False)
+    special = options.flag("skip_special_tokens") or False
     return {"text": tokenizer.decode(token_ids, skip_special_tokens=special)}
 
 

@@ -395,6 +395,10 @@ def test_bad_guides_are_refused(arguments: Any, message: str) -> None:
 
 def test_token_ids_beyond_the_vocabulary_are_refused(engines: Engines) -> None:
     engine = engines("llama", **WIDE)
-    for params in (SamplingParams(stop_token_ids=(384,)), SamplingParams(logit_bias={384: 1.0})):
+    for params in (
+        SamplingParams(stop_token_ids=(384,)),
+        SamplingParams(logit_bias={384: 1.0}),
+        SamplingParams(allowed_token_ids=(384,)),
+    ):
         with pytest.raises(InvalidRequestError, match="must be whole numbers below 384, got 384"):
             engine.make_sequence(prompt_of(9), params)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tandem.lookahead.costs import Costs, Curve, DraftCosts
+from tandem.lookahead.costs import Costs, DraftCosts
+from tandem.lookahead.curve import Curve
 
 # Drafts cost nothing at all.
 FLAT = Curve({1: 20e-3})

@@ -15,7 +15,8 @@ from made_up_costs import costs
 from tandem import ConfigError, Engine, SamplingParams
 from tandem.drafters.drafter import DraftRequest, GoesOn, always
 from tandem.lookahead.adaptive import AdaptiveLookahead
-from tandem.lookahead.costs import CostModel, Costs, Curve, DraftCosts
+from tandem.lookahead.costs import CostModel, Costs, DraftCosts
+from tandem.lookahead.curve import Curve
 from tandem.lookahead.diagnosis import ADVICE, Finding, Monitor, Reason, best_speedup
 from tandem.metrics import DrafterStats
 from tandem.requests.sequence import Draft

@@ -63,6 +63,9 @@ def test_a_conversation_becomes_tokens(chat: Client, engine: Engine) -> None:
     for add, end in ((True, "<turn>assistant:"), (False, "")):
         tokens = chat.tokenize(CONVERSATION, add_generation_prompt=add)
         assert tokens.ids == engine.tokenizer("<turn>user:hi<end>" + end)["input_ids"]
+    unfinished = [*CONVERSATION, {"role": "assistant", "content": "he"}]
+    tokens = chat.tokenize(unfinished, continue_final_message=True)
+    assert chat.detokenize(tokens.ids).endswith("<turn>assistant:he")
     tools = [{"name": "clock"}]
     assert chat.detokenize(chat.tokenize(CONVERSATION, tools=tools).ids).startswith("tools: clock")
 
@@ -96,7 +99,7 @@ def ask(client: Client, question: str, prompt: Any, **options: Any) -> list[Any]
         ("what", "x", {}, "tandem_query must be one of describe, tokenize, detokenize, got 'what'"),
         ("tokenize", "x", {"top_k": 1}, "unknown parameter 'top_k'; a tandem_query has add_spec"),
         ("tokenize", "x", {"add_special_tokens": 1}, "add_special_tokens must be true or false, g"),
-        ("tokenize", [7], {"add_special_tokens": True}, "add_special_tokens: true is for text_in"),
+        ("tokenize", [7], {"add_special_tokens": True}, "add_special_tokens: true is for text, no"),
         ("tokenize", CONVERSATION, {}, "messages can't be used: this model has no chat template"),
         (
             "tokenize",

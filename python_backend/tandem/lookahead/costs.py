@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# How fast the corrections follow: all of a kind together, and single sizes of a pass.
+from tandem.lookahead.corrected_curve import CorrectedCurve
+from tandem.lookahead.curve import Curve
+
+# How fast corrections follow; the first observations count as much as all before.
 _RATE = 0.05
-_LOCAL_RATE = 0.02
 # A prompt is over after few passes, and the longer it is, the more its tokens attend to.
 _PROMPT_RATE = 0.25
 # One observation says at most this much: a pause of the machine is no change of its speed.
 _MAX_RATIO = 2.0
-
-
-class Curve:
-    """Seconds as a function of a count: linear between the measured points, and behind them."""
-
-    def __init__(self, points: Mapping[int, float]) -> None:
-        """Takes seconds by count; more never costs less."""
-        self._counts = sorted(points)
-        self._seconds: list[float] = []
-        for count in self._counts:
-            self._seconds.append(max([points[count], *self._seconds[-1:]]))
-
-    def __call__(self, count: int) -> float:
-        """Seconds at `count`; below the first point as there."""
-        counts, seconds = self._counts, self._seconds
-        right = bisect_left(counts, count)
-        if right == 0 or len(counts) == 1:
-            return seconds[0]
-        right = min(right, len(counts) - 1)
-        start, stop = counts[right - 1], counts[right]
-        share = (count - start) / (stop - start)
-        return seconds[right - 1] + share * (seconds[right] - seconds[right - 1])
-
-    @property
-    def points(self) -> dict[int, float]:
-        """Seconds by count."""
-        return dict(zip(self._counts, self._seconds, strict=True))
+# Passes that are so far out of shape, for so many observations: what was measured is wrong.
+_DISTORTED, _LONG = 2.0, 1000
 
 
 class DraftCosts(NamedTuple):
@@ -61,12 +37,16 @@ class Costs:
         sequence: what each further sequence adds to a pass.
         prompt_token: what a token adds that gets no logits.
         draft: by drafter.
+        spread: by which share repetitions usually took longer than the shortest.
+        measured_at: when, in seconds of the system's clock.
     """
 
     verify: Curve
     sequence: float
     prompt_token: float
     draft: Mapping[str, DraftCosts]
+    spread: float = 0.0
+    measured_at: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -78,6 +58,8 @@ class Costs:
                 name: {"begin": costs.begin.points, "guess": costs.guess.points}
                 for name, costs in self.draft.items()
             },
+            "spread": self.spread,
+            "measured_at": self.measured_at,
         }
 
     @classmethod
@@ -96,6 +78,8 @@ class Costs:
                     name: DraftCosts(_curve(each["begin"]), _curve(each["guess"]))
                     for name, each in values["draft"].items()
                 },
+                spread=_seconds(values["spread"]),
+                measured_at=_seconds(values["measured_at"]),
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"it lacks something: {error!r}") from error
@@ -120,13 +104,20 @@ def _seconds(value: float) -> float:
 class CostModel:
     """Predicts a step's time; what is observed corrects it."""
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, when_wrong: Callable[[float], object] = float) -> None:
+        """Starts with what was measured.
+
+        Args:
+            when_wrong: told, once, by how much the measured passes are out of shape, if what is
+                observed says so for long.
+        """
         self._costs = costs
-        self._verify_ratio = 1.0
-        # By the number of bits of a pass's tokens: the measured curve may have another shape.
-        self._local_ratio: defaultdict[int, float] = defaultdict(lambda: 1.0)
+        self._when_wrong = when_wrong
+        self._num_distorted = 0  # observations in a row
+        self._verify = CorrectedCurve(costs.verify)
         self._prompt_ratio = 1.0
         self._draft_ratio: defaultdict[str, float] = defaultdict(lambda: 1.0)
+        self._num_drafts: defaultdict[str, int] = defaultdict(int)  # that were observed
         self.rest = 0.0  # of a step: scheduling, committing
 
     def verify(self, num_rows: int, num_sequences: int, num_prompt_tokens: int = 0) -> float:
@@ -136,10 +127,12 @@ class CostModel:
             num_rows: tokens that get logits.
             num_prompt_tokens: those that get none.
         """
-        costs = self._costs
-        seconds = costs.verify(max(1, num_rows)) + costs.sequence * max(0, num_sequences - 1)
-        ratio = self._verify_ratio * self._local_ratio[num_rows.bit_length()]
-        return ratio * seconds + self._prompt_ratio * costs.prompt_token * num_prompt_tokens
+        costs, rows = self._costs, max(1, num_rows)
+        seconds = self._verify(rows)
+        # What more sequences add is corrected as what rows cost.
+        ratio = seconds / costs.verify(rows)
+        seconds += ratio * costs.sequence * max(0, num_sequences - 1)
+        return seconds + self._prompt_ratio * costs.prompt_token * num_prompt_tokens
 
     def draft(self, drafter: str, num_sequences: int, num_guesses: int) -> float:
         """Seconds of a round in which each sequence gets `num_guesses` guesses."""
@@ -160,9 +153,11 @@ class CostModel:
                 ratio = _clipped((seconds - alone) / predicted)
                 self._prompt_ratio *= 1 + _PROMPT_RATE * (ratio - 1)
             return
-        ratio = _clipped(seconds / alone)
-        self._verify_ratio *= 1 + _RATE * (ratio - 1)
-        self._local_ratio[num_rows.bit_length()] *= 1 + _LOCAL_RATE * (ratio - 1)
+        self._verify.observe(max(1, num_rows), seconds / alone)
+        distortion = self._verify.distortion
+        self._num_distorted = self._num_distorted + 1 if distortion > _DISTORTED else 0
+        if self._num_distorted == _LONG:
+            self._when_wrong(distortion)
 
     def observe_draft(
         self, drafter: str, num_sequences: int, num_guesses: int, seconds: float
@@ -170,7 +165,9 @@ class CostModel:
         """Corrects `draft` by what a round took."""
         predicted = self.draft(drafter, num_sequences, num_guesses)
         if predicted > 0:
-            self._draft_ratio[drafter] *= 1 + _RATE * (_clipped(seconds / predicted) - 1)
+            self._num_drafts[drafter] += 1
+            rate = max(_RATE, 1 / self._num_drafts[drafter])
+            self._draft_ratio[drafter] *= 1 + rate * (_clipped(seconds / predicted) - 1)
 
     def observe_rest(self, seconds: float) -> None:
         """Follows what a step takes besides drafting and verifying."""
