@@ -19,10 +19,10 @@ MINUTE = 60.0
 
 
 def rate(made_up: Costs) -> float:
-    """Tokens a second in the second minute."""
+    """Tokens a second behind the first minute."""
     service = Service(AdaptiveLookahead(CostModel(made_up)), 8, 0.8)
     service.rate(MINUTE)
-    return service.rate(MINUTE)
+    return service.rate(MINUTE / 2)
 
 
 @cache
@@ -34,7 +34,7 @@ def best_rate() -> float:
 @pytest.mark.parametrize("factor", [4.0, 0.25])
 @pytest.mark.parametrize(
     "rows",
-    [(1,), (2, 3), (4,), (8, 12), (16, 24, 32, 48), ROWS[1:], ROWS[6:], ROWS],
+    [(1,), (2, 3), (8, 12), (16, 24, 32, 48), ROWS[1:]],
     ids=lambda rows: f"{rows[0]}-{rows[-1]}",
 )
 def test_passes_that_are_wrong_by_four_are_harmless(rows: tuple[int, ...], factor: float) -> None:

@@ -101,6 +101,15 @@ def _seconds(value: float) -> float:
     return value
 
 
+@dataclass
+class _DraftRatios:
+    """Corrections of a drafter's costs, from so many rounds."""
+
+    begin: float = 1.0
+    guess: float = 1.0
+    num_observed: int = 0
+
+
 class CostModel:
     """Predicts a step's time; what is observed corrects it."""
 
@@ -116,8 +125,7 @@ class CostModel:
         self._num_distorted = 0  # observations in a row
         self._verify = CorrectedCurve(costs.verify)
         self._prompt_ratio = 1.0
-        self._draft_ratio: defaultdict[str, float] = defaultdict(lambda: 1.0)
-        self._num_drafts: defaultdict[str, int] = defaultdict(int)  # that were observed
+        self._draft_ratios: defaultdict[str, _DraftRatios] = defaultdict(_DraftRatios)
         self.rest = 0.0  # of a step: scheduling, committing
 
     def verify(self, num_rows: int, num_sequences: int, num_prompt_tokens: int = 0) -> float:
@@ -138,9 +146,15 @@ class CostModel:
         """Seconds of a round in which each sequence gets `num_guesses` guesses."""
         if num_guesses == 0:
             return 0.0
-        costs = self._costs.draft[drafter]
-        seconds = costs.begin(num_sequences) + num_guesses * costs.guess(num_sequences)
-        return self._draft_ratio[drafter] * seconds
+        return sum(self._draft_parts(drafter, num_sequences, num_guesses))
+
+    def _draft_parts(
+        self, drafter: str, num_sequences: int, num_guesses: int
+    ) -> tuple[float, float]:
+        """Seconds of beginning, and of guessing."""
+        costs, ratios = self._costs.draft[drafter], self._draft_ratios[drafter]
+        begin = ratios.begin * costs.begin(num_sequences)
+        return begin, ratios.guess * num_guesses * costs.guess(num_sequences)
 
     def observe_verify(
         self, num_rows: int, num_sequences: int, num_prompt_tokens: int, seconds: float
@@ -162,12 +176,17 @@ class CostModel:
     def observe_draft(
         self, drafter: str, num_sequences: int, num_guesses: int, seconds: float
     ) -> None:
-        """Corrects `draft` by what a round took."""
-        predicted = self.draft(drafter, num_sequences, num_guesses)
+        """Corrects `draft` by what a round took: the larger part by the larger share."""
+        begin, guess = self._draft_parts(drafter, num_sequences, num_guesses)
+        predicted = begin + guess
         if predicted > 0:
-            self._num_drafts[drafter] += 1
-            rate = max(_RATE, 1 / self._num_drafts[drafter])
-            self._draft_ratio[drafter] *= 1 + rate * (_clipped(seconds / predicted) - 1)
+            ratios = self._draft_ratios[drafter]
+            ratios.num_observed += 1
+            rate = max(_RATE, 1 / ratios.num_observed) * (_clipped(seconds / predicted) - 1)
+            # Normalised, so that what is expected of this round moves by the rate.
+            rate *= predicted / (begin**2 + guess**2)
+            ratios.begin *= 1 + rate * begin
+            ratios.guess *= 1 + rate * guess
 
     def observe_rest(self, seconds: float) -> None:
         """Follows what a step takes besides drafting and verifying."""
