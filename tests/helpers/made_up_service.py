@@ -47,7 +47,8 @@ class Service:
 
     def _arrive(self) -> Sequence:
         arrived = sequence(8, 1, NUM_TOKENS, LIMIT, next(self._ids))
-        chance = self._random.gauss(self._acceptance, 0.2)
+        # The same for everyone's n-th sequence, so that services can be compared.
+        chance = random.Random(arrived.id).gauss(self._acceptance, 0.2)
         self._chances[arrived] = min(0.97, max(0.01, chance))
         return arrived
 

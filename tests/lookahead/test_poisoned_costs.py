@@ -22,7 +22,7 @@ def rate(made_up: Costs) -> float:
     """Tokens a second behind the first minute."""
     service = Service(AdaptiveLookahead(CostModel(made_up)), 8, 0.8)
     service.rate(MINUTE)
-    return service.rate(MINUTE / 2)
+    return service.rate(MINUTE)
 
 
 @cache
