@@ -136,6 +136,14 @@ def test_products_outside_packed_layers_are_refused(engines) -> None:
         engines(MIXTURE, dtype="bfloat16", **SETTINGS)
 
 
+def test_a_type_that_the_processor_does_not_multiply_is_named(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.cpu.wing.can_pack", lambda *_: False)
+    with pytest.raises(UnsupportedModelError, match="no products of packed weights in float16"):
+        engines.make("gemma-3", dtype="float16", **SETTINGS)
+
+
 def test_the_default_leaves_out_what_cannot_be_had(
     engines: Engines, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,7 +44,7 @@ JUNK = st.one_of(
     st.just([[1, 2], [3]]),
 )
 WRONG_NUMBERS = {
-    "max_tokens": st.one_of(NUMBERS, JUNK, st.sampled_from([0, 1.5])),
+    "max_tokens": st.one_of(NUMBERS, JUNK, st.sampled_from([-1, 1.5])),
     "min_tokens": st.one_of(NUMBERS, JUNK, st.just(2**31)),
     "temperature": st.one_of(NUMBERS, JUNK, st.sampled_from([-0.01, 101])),
     "top_k": st.one_of(NUMBERS, JUNK, st.sampled_from([-2, 2.5])),
@@ -56,6 +56,7 @@ WRONG_NUMBERS = {
     "seed": st.one_of(st.sampled_from([-(2**63) - 1, 2**64, 1.5, 10**30, float("nan")]), JUNK),
     "n": st.one_of(NUMBERS, JUNK, st.sampled_from([0, 65])),
     "logprobs": st.one_of(NUMBERS, JUNK, st.just(21)),
+    "prompt_logprobs": st.one_of(NUMBERS, JUNK, st.just(21)),
     "num_speculative_tokens": st.one_of(st.sampled_from([-1, 0.5, float("nan")]), JUNK),
     "stop": st.sampled_from([["x"] * 10_000, [1], ["y" * 2000], {"a": 1}, 7]),
     "bad_words": st.sampled_from([["x"] * 10_000, [None], 0.5]),

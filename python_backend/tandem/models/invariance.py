@@ -96,6 +96,11 @@ def _file_name(wing: Wing, model: PreTrainedModel) -> str:
 def _check_linear(model: PreTrainedModel, linear: type[nn.Module]) -> None:
     """Whether all products with weights are those of layers that a wing has its own for."""
     for module in model.modules():
+        if type(module) is nn.Linear and linear is not nn.Linear:
+            dtype = str(module.weight.dtype).removeprefix("torch.")
+            raise UnsupportedModelError(
+                f"batch_invariant: this processor has no products of packed weights in {dtype}"
+            )
         matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         if matrices and not isinstance(module, (nn.Embedding, linear)):
             raise UnsupportedModelError(
