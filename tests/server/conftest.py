@@ -21,6 +21,8 @@ from tiny_models import save_verifier
 
 CHAT_TEMPLATE = (
     "{% if tools %}tools: {% for tool in tools %}{{ tool.name }}{% endfor %}{% endif %}"
+    "{% if mood %}mood: {{ mood }}{% endif %}"
+    "{% if reasoning_effort %}effort: {{ reasoning_effort }}{% endif %}"
     "{% for message in messages %}"
     "{% if message.role not in ['system', 'user', 'assistant', 'tool'] %}"
     "{{ raise_exception('no such role: ' + message.role) }}{% endif %}"

@@ -229,6 +229,20 @@ def test_likelihoods_are_the_models_own(
         assert offsets == [len(each) for each in before]
 
 
+def test_no_token_begins_behind_the_text(client: OpenAI, engine: Engine) -> None:
+    """Not even those of a stop string, which the text is cut before."""
+    text = offline(engine)
+    stop = re.findall("[!-~]{2}", text)[0]
+    answer = client.completions.create(
+        model="tandem", prompt=PROMPT, logprobs=0, stop=stop, **OPTIONS
+    ).choices[0]
+    assert answer.text == text[: text.index(stop)]
+    assert answer.logprobs is not None
+    offsets = answer.logprobs.text_offset or []
+    assert max(offsets) == len(answer.text)
+    assert offsets.count(len(answer.text)) > 1
+
+
 def test_those_of_a_prompt_alone(url: str, chat_url: str, engine: Engine) -> None:
     """vLLM's extension, for texts and for chats, which generate nothing if they are to."""
     params = SamplingParams(max_tokens=0, prompt_logprobs=1)
@@ -265,6 +279,11 @@ def test_a_conversation(chat: OpenAI, engine: Engine) -> None:
         {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
     ]
     prompt = "<turn>system:be brief<end><turn>user:hi<end><turn>assistant:"
+    told = {"chat_template_kwargs": {"mood": "calm"}, "reasoning_effort": "low"}
+    with_more = chat.chat.completions.create(
+        model="short_queue", messages=messages, extra_body=told, **OPTIONS
+    )
+    assert with_more.choices[0].message.content == offline(engine, f"mood: calmeffort: low{prompt}")
     answer = chat.chat.completions.create(
         model="short_queue", messages=messages, logprobs=True, top_logprobs=2, **OPTIONS
     )

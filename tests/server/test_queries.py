@@ -66,6 +66,10 @@ def test_a_conversation_becomes_tokens(chat: Client, engine: Engine) -> None:
     unfinished = [*CONVERSATION, {"role": "assistant", "content": "he"}]
     tokens = chat.tokenize(unfinished, continue_final_message=True)
     assert chat.detokenize(tokens.ids).endswith("<turn>assistant:he")
+    told = chat.tokenize(
+        CONVERSATION, chat_template_kwargs={"mood": "calm"}, reasoning_effort="low"
+    )
+    assert chat.detokenize(told.ids).startswith("mood: calmeffort: low<turn>user:hi")
     tools = [{"name": "clock"}]
     assert chat.detokenize(chat.tokenize(CONVERSATION, tools=tools).ids).startswith("tools: clock")
 
