@@ -51,10 +51,10 @@ class CorrectedCurve:
         share = min(max(share, 0.0), 1.0)
         for point, weight in ((left, 1 - share), (right, share)):
             if weight > 0 and self._measured[point] > 0:
-                ratio = self._seconds[point] / self._measured[point]
+                expected = self._seconds[point] / self._measured[point]
                 faded = 1 - self._faded(self._ages[point])
                 rate = weight * max(_RATE, 1 / (1 + self._seen[point]), faded)
-                self._ratios[point] = ratio * (1 + rate * change)
+                self._ratios[point] = expected * (1 + rate * change)
                 self._seen[point] += weight
                 self._ages[point] = -1
         self._ages = [age + 1 for age in self._ages]
