@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from made_up_costs import costs
-from tandem import Engine, EngineConfig, SamplingParams, calibration
+from tandem import Engine, EngineConfig, SamplingParams, kept_costs
 from tandem.cache_files import keep_file
 from tandem.lookahead.adaptive import AdaptiveLookahead
 from tandem.lookahead.costs import CostModel, Costs
@@ -117,7 +117,7 @@ def test_a_sound_file_without_costs_is_made_anew(
 def test_costs_of_a_busy_machine_are_not_kept(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(calibration, "_BUSY", -1.0)
+    monkeypatch.setattr(kept_costs, "_BUSY", -1.0)
     assert isinstance(load().lookahead, AdaptiveLookahead)
     assert "the next start measures again" in caplog.text
     assert kept(tmp_path) == []
@@ -128,7 +128,7 @@ def test_old_costs_are_measured_again(
 ) -> None:
     load()
     [path] = kept(tmp_path)
-    monkeypatch.setattr(calibration, "_MAX_AGE_SECONDS", 0.0)
+    monkeypatch.setattr(kept_costs, "_MAX_AGE_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, "tandem"):
         load()
     assert f"{path} is from another time, measuring again" in caplog.text

@@ -14,13 +14,14 @@ from tandem.acceptance.match import Verdict
 from tandem.acceptance.scoring import score_prompts
 from tandem.acceptance.verdicts import count_round
 from tandem.cache.block_pool import BlockPool
-from tandem.calibration import Calibration, make_lookahead
+from tandem.calibration import Calibration
 from tandem.config import EngineConfig
 from tandem.drafter_config import NO_DRAFTER
 from tandem.drafters.drafter import Drafter
 from tandem.drafters.loading import load_drafters
 from tandem.drafters.rounds import force
 from tandem.errors import RequestCancelledError, TandemError, VerifierOutputError
+from tandem.kept_costs import make_lookahead
 from tandem.lifecycle import Lifecycle
 from tandem.lookahead.diagnosis import Finding, Monitor, diagnose
 from tandem.metrics import DrafterStats, EngineLoad, EngineStats

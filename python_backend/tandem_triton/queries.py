@@ -150,16 +150,12 @@ def _tokenize(request: Any, options: _Options, engine: Engine) -> dict[str, Any]
     else:
         token_ids = prompt
         engine.check_token_ids("input_ids", token_ids)
-        if options.flag("add_special_tokens") and not is_chat and "input_ids" in _names(request):
+        if options.flag("add_special_tokens") and not is_chat:
             raise InvalidRequestError("add_special_tokens: true is for text, not for input_ids")
     answer: dict[str, Any] = {"token_ids": token_ids}
     if options.flag("return_token_strs"):
         answer["token_strs"] = tokenizer.convert_ids_to_tokens(token_ids)
     return answer
-
-
-def _names(request: Any) -> set[str]:
-    return {tensor.name() for tensor in request.inputs()}
 
 
 def _detokenize(request: Any, options: _Options, engine: Engine) -> dict[str, Any]:

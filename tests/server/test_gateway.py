@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ import openai
 import psutil
 import pytest
 import requests
-import torch
 from openai import OpenAI
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -26,15 +24,13 @@ from selenium.webdriver.support.ui import Select
 from http_process import post_from_a_process
 from running_gateway import running_gateway
 from stream import TIMEOUT, metric, wait_until
-from tandem import Engine, SamplingParams
+from tandem import Engine
 from tandem_runtime import demo
 from tandem_runtime.paths import ROOT
 from tandem_runtime.server import ONE_BY_ONE, TritonServer
-from tiny_models import load_reference
+from tensors import COMMON, PROMPT, offline
 
 KEY = "secret"
-PROMPT = "one two three"
-OPTIONS: dict[str, Any] = {"max_tokens": 30, "temperature": 1.0, "seed": 3}
 QUESTION = "The planets of the solar system are"
 SCREENSHOT = ROOT / "docs" / "chat.png"
 
@@ -65,13 +61,6 @@ def chat(chat_url: str) -> OpenAI:
     return OpenAI(base_url=f"{chat_url}/v1", api_key="none", max_retries=0)
 
 
-def offline(engine: Engine, prompt: str = PROMPT, **options: Any) -> str:
-    params = SamplingParams(**{**OPTIONS, **options})
-    output = next(engine.generate([prompt], params, drafter="none"))
-    assert output.text is not None
-    return output.text
-
-
 def test_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tandem"]
     assert client.models.retrieve("tandem").id == "tandem"
@@ -80,7 +69,7 @@ def test_models(client: OpenAI) -> None:
 
 
 def test_a_completion(client: OpenAI, engine: Engine) -> None:
-    answer = client.completions.create(model="tandem", prompt=PROMPT, **OPTIONS)
+    answer = client.completions.create(model="tandem", prompt=PROMPT, **COMMON)
     assert answer.choices[0].text == offline(engine)
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert answer.usage is not None
@@ -89,7 +78,7 @@ def test_a_completion(client: OpenAI, engine: Engine) -> None:
 
 
 def test_a_streamed_completion(client: OpenAI, engine: Engine) -> None:
-    options = {**OPTIONS, "temperature": 0.0, "max_tokens": 1000}
+    options = {**COMMON, "temperature": 0.0, "max_tokens": 1000}
     stream = client.completions.create(
         model="tandem",
         prompt=PROMPT,
@@ -116,7 +105,8 @@ def test_a_streamed_completion(client: OpenAI, engine: Engine) -> None:
 
 def test_speculation_is_where_aiperf_looks_for_it(client: OpenAI) -> None:
     """The sums are those that aiperf checks before it takes the record."""
-    options: dict[str, Any] = {**OPTIONS, "temperature": 0.0, "model": "tandem", "prompt": PROMPT}
+    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 60, "seed": 3}
+    options |= {"model": "tandem", "prompt": PROMPT}
     greedy = {"ignore_eos": True, "num_speculative_tokens": 3}
     whole = client.completions.create(**options, extra_body=greedy)
     wanted: Any = {"include_usage": True, "continuous_usage_stats": True}
@@ -138,7 +128,7 @@ def test_speculation_is_where_aiperf_looks_for_it(client: OpenAI) -> None:
         assert (ours["num_drafts"], ours["num_accepted_tokens"]) == (sum(histogram), accepted)
     counts = [chunk.usage.completion_tokens for chunk in chunks]
     assert counts == sorted(counts)
-    assert counts[-1] == last.usage.completion_tokens == OPTIONS["max_tokens"]
+    assert counts[-1] == last.usage.completion_tokens == options["max_tokens"]
     assert {chunk.usage.prompt_tokens for chunk in chunks} == {len(PROMPT)}
     # Of several answers, and where nothing is drafted, there is no such record.
     for more in ({"n": 2}, {"extra_body": {"drafter": "none"}}, {"prompt": ["a", "b"]}):
@@ -149,7 +139,7 @@ def test_usage_says_how_much_of_the_prompt_was_cached(client: OpenAI) -> None:
     prompts = ["a question that the gateway is asked", "and another, as long as the first is"]
     for cached, salt in ((0, "mine"), (2 * 32, "mine"), (0, "yours")):
         answer = client.completions.create(
-            model="tandem", prompt=prompts, extra_body={"cache_salt": salt}, **OPTIONS
+            model="tandem", prompt=prompts, extra_body={"cache_salt": salt}, **COMMON
         )
         assert answer.usage is not None
         assert answer.usage.prompt_tokens_details is not None
@@ -159,14 +149,16 @@ def test_usage_says_how_much_of_the_prompt_was_cached(client: OpenAI) -> None:
 def test_several_prompts_and_sequences(client: OpenAI, engine: Engine) -> None:
     """Choice n * i + j is sequence j of prompt i, whose seed is `seed + j`."""
     prompts = ["abc", "xyz"]
-    expected = [offline(engine, prompt, seed=3 + j) for prompt in prompts for j in range(2)]
-    answer = client.completions.create(model="tandem", prompt=prompts, n=2, **OPTIONS)
+    expected = [
+        offline(engine, prompt, seed=COMMON["seed"] + j) for prompt in prompts for j in range(2)
+    ]
+    answer = client.completions.create(model="tandem", prompt=prompts, n=2, **COMMON)
     assert [choice.text for choice in answer.choices] == expected
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 6
     texts = [""] * 4
     for chunk in client.completions.create(
-        model="tandem", prompt=prompts, n=2, stream=True, **OPTIONS
+        model="tandem", prompt=prompts, n=2, stream=True, **COMMON
     ):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == expected
@@ -174,103 +166,8 @@ def test_several_prompts_and_sequences(client: OpenAI, engine: Engine) -> None:
 
 def test_prompts_of_tokens_and_echo(client: OpenAI, engine: Engine) -> None:
     ids = engine.tokenizer(PROMPT)["input_ids"]
-    answer = client.completions.create(model="tandem", prompt=ids, echo=True, **OPTIONS)
+    answer = client.completions.create(model="tandem", prompt=ids, echo=True, **COMMON)
     assert answer.choices[0].text == PROMPT + offline(engine)
-
-
-def test_stop_and_logprobs(client: OpenAI, engine: Engine) -> None:
-    text = offline(engine)
-    stop = re.findall("[!-~]", text)[1]
-    answer = client.completions.create(
-        model="tandem", prompt=PROMPT, stop=stop, logprobs=2, **OPTIONS
-    )
-    choice = answer.choices[0]
-    assert choice.text == text[: text.index(stop)]
-    assert choice.finish_reason == "stop"
-    assert choice.logprobs is not None
-    assert len(choice.logprobs.tokens or []) == answer.usage.completion_tokens
-    assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs or [])
-    assert (choice.logprobs.text_offset or [])[:2] == [0, len((choice.logprobs.tokens or "")[0])]
-
-
-@pytest.mark.parametrize("limit", [0, 1])
-def test_likelihoods_are_the_models_own(
-    client: OpenAI, engine: Engine, tiny_verifier: Path, limit: int
-) -> None:
-    """As lm-eval asks for them: of a continuation's tokens, and whether each is the likeliest."""
-    texts = [PROMPT + each for each in (" four five", " \U0001f600!", "")]
-    prompts: list[list[int]] = [engine.tokenizer(text)["input_ids"] for text in texts]
-    answer = client.completions.create(
-        model="tandem", prompt=prompts, echo=True, logprobs=1, max_tokens=limit, temperature=0
-    )
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == limit * len(prompts)
-    model = load_reference(tiny_verifier)
-    for ids, text, choice in zip(prompts, texts, answer.choices, strict=True):
-        with torch.no_grad():
-            rows = model(torch.tensor([ids])).logits[0].float().log_softmax(dim=-1)[:-1]
-        found = choice.logprobs
-        assert found is not None
-        assert len(found.tokens or []) == len(ids) + limit
-        assert choice.text.startswith(text)
-        assert choice.finish_reason == "length"
-        scores = (found.token_logprobs or [])[: len(ids)]
-        assert scores[0] is None
-        expected = rows.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
-        assert scores[1:] == pytest.approx(expected.tolist(), abs=1e-4)
-        start = len(PROMPT)
-        assert sum(scores[start:]) == pytest.approx(expected[start - 1 :].sum().item(), abs=1e-3)
-        tops = (found.top_logprobs or [])[1 : len(ids)]
-        best = [max(top.values()) for top in tops if top is not None]
-        assert best == pytest.approx(rows.amax(dim=-1).tolist(), abs=1e-4)
-        offsets = (found.text_offset or [])[: len(ids)]
-        # A token is a byte, and the place of a part of a character is the character's.
-        before = [text.encode()[:end].decode(errors="ignore") for end in range(len(ids))]
-        assert offsets == [len(each) for each in before]
-
-
-def test_no_token_begins_behind_the_text(client: OpenAI, engine: Engine) -> None:
-    """Not even those of a stop string, which the text is cut before."""
-    text = offline(engine)
-    stop = re.findall("[!-~]{2}", text)[0]
-    answer = client.completions.create(
-        model="tandem", prompt=PROMPT, logprobs=0, stop=stop, **OPTIONS
-    ).choices[0]
-    assert answer.text == text[: text.index(stop)]
-    assert answer.logprobs is not None
-    offsets = answer.logprobs.text_offset or []
-    assert max(offsets) == len(answer.text)
-    assert offsets.count(len(answer.text)) > 1
-
-
-def test_those_of_a_prompt_alone(url: str, chat_url: str, engine: Engine) -> None:
-    """vLLM's extension, for texts and for chats, which generate nothing if they are to."""
-    params = SamplingParams(max_tokens=0, prompt_logprobs=1)
-    prompt = "<turn>user:hi<end><turn>assistant:"
-    body = {"max_tokens": 0, "prompt_logprobs": 1}
-    messages = [{"role": "user", "content": "hi"}]
-    for path, model, text, more in (
-        (f"{url}/v1/completions", "tandem", PROMPT, {"prompt": PROMPT}),
-        (f"{chat_url}/v1/chat/completions", "short_queue", prompt, {"messages": messages}),
-    ):
-        answer = requests.post(
-            path,
-            json={"model": model, **body, **more},
-            headers={"Authorization": f"Bearer {KEY}"},
-            timeout=TIMEOUT,
-        ).json()
-        (choice,) = answer["choices"]
-        assert choice["finish_reason"] == "length"
-        assert answer["usage"]["completion_tokens"] == 0
-        assert (choice.get("text") or choice.get("message", {}).get("content") or "") == ""
-        (output,) = engine.generate([text], params)
-        first, *others = choice["prompt_logprobs"]
-        assert first is None
-        for entry, found in zip(others, output.prompt_logprobs, strict=True):
-            assert {int(each) for each in entry} == {found.token_id, found.top[0][0]}
-            own = entry[str(found.token_id)]
-            assert own["logprob"] == pytest.approx(found.logprob, abs=1e-4)
-            assert own["rank"] == found.rank
 
 
 def test_a_conversation(chat: OpenAI, engine: Engine) -> None:
@@ -281,11 +178,11 @@ def test_a_conversation(chat: OpenAI, engine: Engine) -> None:
     prompt = "<turn>system:be brief<end><turn>user:hi<end><turn>assistant:"
     told = {"chat_template_kwargs": {"mood": "calm"}, "reasoning_effort": "low"}
     with_more = chat.chat.completions.create(
-        model="short_queue", messages=messages, extra_body=told, **OPTIONS
+        model="short_queue", messages=messages, extra_body=told, **COMMON
     )
     assert with_more.choices[0].message.content == offline(engine, f"mood: calmeffort: low{prompt}")
     answer = chat.chat.completions.create(
-        model="short_queue", messages=messages, logprobs=True, top_logprobs=2, **OPTIONS
+        model="short_queue", messages=messages, logprobs=True, top_logprobs=2, **COMMON
     )
     assert answer.choices[0].message.content == offline(engine, prompt)
     assert answer.choices[0].logprobs is not None
@@ -294,11 +191,11 @@ def test_a_conversation(chat: OpenAI, engine: Engine) -> None:
     assert all(len(token.top_logprobs) == 2 for token in content)
     tools: Any = [{"type": "function", "function": {"name": "f"}, "name": "clock"}]
     answer = chat.chat.completions.create(
-        model="short_queue", messages=messages, tools=tools, **OPTIONS
+        model="short_queue", messages=messages, tools=tools, **COMMON
     )
     assert answer.choices[0].message.content == offline(engine, f"tools: clock{prompt}")
     stream = chat.chat.completions.create(
-        model="short_queue", messages=messages, stream=True, **OPTIONS
+        model="short_queue", messages=messages, stream=True, **COMMON
     )
     deltas = [chunk.choices[0].delta for chunk in stream]
     assert deltas[0].role == "assistant"
@@ -323,7 +220,7 @@ def test_structured_answers(chat: OpenAI) -> None:
             messages=messages,
             response_format=response_format,
             logit_bias={"96": 100},  # a closing brace, where it is allowed
-            **{**OPTIONS, "max_tokens": 200},
+            **{**COMMON, "max_tokens": 200},
         )
         assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
 
@@ -334,16 +231,16 @@ def test_a_response(chat: OpenAI, engine: Engine) -> None:
         "model": "short_queue",
         "instructions": "be brief",
         "input": "hi",
-        "max_output_tokens": OPTIONS["max_tokens"],
-        "temperature": OPTIONS["temperature"],
-        "extra_body": {"seed": OPTIONS["seed"], "ignore_eos": True},
+        "max_output_tokens": COMMON["max_tokens"],
+        "temperature": COMMON["temperature"],
+        "extra_body": {"seed": COMMON["seed"], "ignore_eos": True},
     }
     expected = offline(engine, prompt, ignore_eos=True)
     answer = chat.responses.create(**asked)
     assert answer.output_text == expected
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-    assert answer.usage.output_tokens == OPTIONS["max_tokens"]
-    assert answer.usage.total_tokens == answer.usage.input_tokens + OPTIONS["max_tokens"]
+    assert answer.usage.output_tokens == COMMON["max_tokens"]
+    assert answer.usage.total_tokens == answer.usage.input_tokens + COMMON["max_tokens"]
     events = list(chat.responses.create(**asked, stream=True))
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert len(deltas) > 1

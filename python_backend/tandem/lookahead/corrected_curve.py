@@ -6,11 +6,11 @@ from itertools import accumulate
 
 from tandem.lookahead.curve import Curve, place
 
-# How fast a point that was often seen follows. The first observations count as much as all before,
-# and one after a long time as much as has faded.
-_RATE = 0.05
+# How fast what was often seen follows. The first observations count as much as all before, and one
+# after a long time as much as has faded.
+RATE = 0.05
 # One observation says at most this much: a pause of the machine is no change of its speed.
-_MAX_RATIO = 2.0
+MAX_RATIO = 2.0
 # A point that isn't seen any more is taken to be cheaper, by so much an observation of others, and
 # down to this share: so it is tried again.
 _FADING, _MOST_FADED = 0.999, 0.25
@@ -46,14 +46,14 @@ class CorrectedCurve:
 
     def observe(self, count: int, ratio: float) -> None:
         """Takes seconds at `count`, as a multiple of what is expected there."""
-        change = min(max(ratio, 1 / _MAX_RATIO), _MAX_RATIO) - 1
+        change = clipped(ratio) - 1
         left, right, share = place(self._counts, count)
         share = min(max(share, 0.0), 1.0)
         for point, weight in ((left, 1 - share), (right, share)):
             if weight > 0 and self._measured[point] > 0:
                 expected = self._seconds[point] / self._measured[point]
                 faded = 1 - self._faded(self._ages[point])
-                rate = weight * max(_RATE, 1 / (1 + self._seen[point]), faded)
+                rate = weight * max(RATE, 1 / (1 + self._seen[point]), faded)
                 self._ratios[point] = expected * (1 + rate * change)
                 self._seen[point] += weight
                 self._ages[point] = -1
@@ -93,3 +93,8 @@ class CorrectedCurve:
                 seconds[point] = min(seconds[point], each * count)
             each = min(each, seconds[point] / count)
         self._seconds = list(accumulate(seconds, max))
+
+
+def clipped(ratio: float) -> float:
+    """As much of an observation, as a multiple of what was expected, as is believed."""
+    return min(max(ratio, 1 / MAX_RATIO), MAX_RATIO)

@@ -8,15 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tandem.lookahead.corrected_curve import CorrectedCurve
+from tandem.lookahead.corrected_curve import MAX_RATIO, RATE, CorrectedCurve, clipped
 from tandem.lookahead.curve import Curve
 
-# How fast corrections follow; the first observations count as much as all before.
-_RATE = 0.05
 # A prompt is over after few passes, and the longer it is, the more its tokens attend to.
 _PROMPT_RATE = 0.25
-# One observation says at most this much: a pause of the machine is no change of its speed.
-_MAX_RATIO = 2.0
 # Passes that are so far out of shape, for so many observations: what was measured is wrong.
 _DISTORTED, _LONG = 2.0, 1000
 
@@ -164,7 +160,7 @@ class CostModel:
         if num_prompt_tokens > 0:
             predicted = self.verify(num_rows, num_sequences, num_prompt_tokens) - alone
             if predicted > 0:
-                ratio = _clipped((seconds - alone) / predicted)
+                ratio = clipped((seconds - alone) / predicted)
                 self._prompt_ratio *= 1 + _PROMPT_RATE * (ratio - 1)
             return
         self._verify.observe(max(1, num_rows), seconds / alone)
@@ -182,7 +178,7 @@ class CostModel:
         if predicted > 0:
             ratios = self._draft_ratios[drafter]
             ratios.num_observed += 1
-            rate = max(_RATE, 1 / ratios.num_observed) * (_clipped(seconds / predicted) - 1)
+            rate = max(RATE, 1 / ratios.num_observed) * (clipped(seconds / predicted) - 1)
             # Normalised, so that what is expected of this round moves by the rate.
             rate *= predicted / (begin**2 + guess**2)
             ratios.begin *= 1 + rate * begin
@@ -190,8 +186,4 @@ class CostModel:
 
     def observe_rest(self, seconds: float) -> None:
         """Follows what a step takes besides drafting and verifying."""
-        self.rest += _RATE * (min(seconds, _MAX_RATIO * self.rest + 1e-3) - self.rest)
-
-
-def _clipped(ratio: float) -> float:
-    return min(max(ratio, 1 / _MAX_RATIO), _MAX_RATIO)
+        self.rest += RATE * (min(seconds, MAX_RATIO * self.rest + 1e-3) - self.rest)
